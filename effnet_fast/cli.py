@@ -1,0 +1,32 @@
+"""What every command of the package shares: errors in one line, and checked option values."""
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
+
+Number = TypeVar("Number", int, float)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse, but a wrong option ends in a single line on stderr (exit status 2), without the usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def at_least(minimum: Number) -> Callable[[str], Number]:
+    """An option's type: a finite number of `minimum`'s type that is not below it."""
+    kind = type(minimum)
+
+    def parse(text: str) -> Number:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = kind(minimum) - 1
+        if not (math.isfinite(value) and value >= minimum):
+            noun = "an integer" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"got {text!r}, must be {noun} of at least {minimum}")
+        return value
+
+    return parse

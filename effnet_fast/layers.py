@@ -1,0 +1,118 @@
+"""The building blocks of EfficientNet, with the parameters of Conv2d, BatchNorm2d and squeeze-excite's convolutions."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+PadType = Literal["symmetric", "same"]
+
+
+class Conv2dSame(nn.Conv2d):
+    """Conv2d with TensorFlow's SAME padding: ceil(size / stride) outputs, the odd pixel of padding at the end."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        pad: list[int] = []
+        for size, kernel, stride in zip(x.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1], strict=True):
+            total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+            pad += [total // 2, total - total // 2]
+        return F.conv2d(F.pad(x, pad), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+class ConvBN(nn.Module):
+    """Convolution without bias, BatchNorm, and SiLU unless `act` is False. [N, C_in, H, W] to [N, C_out, H', W']."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        groups: int = 1,
+        *,
+        act: bool = True,
+        bn_eps: float = 1e-5,
+        bn_momentum: float = 0.1,
+        pad_type: PadType = "symmetric",
+    ) -> None:
+        super().__init__()
+        same = pad_type == "same" and kernel_size > 1
+        self.conv = (Conv2dSame if same else nn.Conv2d)(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding=0 if same else kernel_size // 2,
+            groups=groups,
+            bias=False,
+        )
+        self.bn = nn.BatchNorm2d(out_channels, eps=bn_eps, momentum=bn_momentum)
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(self.conv(x))
+        return F.silu(x) if self.act else x
+
+
+class SqueezeExcite(nn.Module):
+    """Gate each channel by a two-layer MLP of the channels' means (Hu et al. 2018). Keeps the shape."""
+
+    def __init__(self, channels: int, squeezed: int) -> None:
+        super().__init__()
+        self.reduce = nn.Conv2d(channels, squeezed, 1)
+        self.expand = nn.Conv2d(squeezed, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = x.mean((2, 3), keepdim=True)
+        return x * self.expand(F.silu(self.reduce(pooled))).sigmoid()
+
+
+def drop_path_scale(batch: int, rate: float, like: Tensor) -> Tensor:
+    """Per-example factor of a residual branch: 0 with probability `rate`, else 1 / (1 - rate). [batch], float32.
+
+    Stochastic depth (Huang et al. 2016).
+    """
+    keep = 1.0 - rate
+    return torch.empty(batch, device=like.device).bernoulli_(keep).div_(keep)
+
+
+class MBConv(nn.Module):
+    """Inverted residual with squeeze-excite: expand, depthwise, gate, project (paper, table 1).
+
+    [N, in_channels, H, W] to [N, out_channels, ceil(H / stride), ceil(W / stride)]. The input is added where the
+    shapes allow it; in training, drop path drops the branch per example.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int,
+        expand_ratio: int,
+        se_channels: int,
+        *,
+        drop_path_rate: float = 0.0,
+        bn_eps: float = 1e-5,
+        bn_momentum: float = 0.1,
+        pad_type: PadType = "symmetric",
+    ) -> None:
+        super().__init__()
+        expanded = in_channels * expand_ratio
+        bn_eps_momentum = {"bn_eps": bn_eps, "bn_momentum": bn_momentum}
+        self.expand = ConvBN(in_channels, expanded, 1, **bn_eps_momentum) if expand_ratio > 1 else None
+        self.depthwise = ConvBN(expanded, expanded, kernel_size, stride, expanded, pad_type=pad_type, **bn_eps_momentum)
+        self.se = SqueezeExcite(expanded, se_channels)
+        self.project = ConvBN(expanded, out_channels, 1, act=False, **bn_eps_momentum)
+        self.has_residual = stride == 1 and in_channels == out_channels
+        self.drop_path_rate = drop_path_rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = x if self.expand is None else self.expand(x)
+        branch = self.project(self.se(self.depthwise(branch)))
+        if not self.has_residual:
+            return branch
+        if self.training and self.drop_path_rate > 0:
+            branch = branch * drop_path_scale(len(x), self.drop_path_rate, x).to(branch.dtype)[:, None, None, None]
+        return x + branch
