@@ -93,7 +93,7 @@ def _report(run_path: Path, checkpoint: str, data_dir: str | None, device_name: 
     )
     classes = len(data.classes)
     model = create_model(config["variant"], classes, family=config["family"])
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device).to(memory_format=torch.channels_last)
     results = {}
     for weights in ("model", "ema"):
         model.load_state_dict(state[weights])

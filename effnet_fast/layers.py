@@ -1,10 +1,12 @@
 """The building blocks of EfficientNet, with the parameters of Conv2d, BatchNorm2d and squeeze-excite's convolutions."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from effnet_fast import ops
 
 PadType = Literal["symmetric", "same"]
 
@@ -51,8 +53,7 @@ class ConvBN(nn.Module):
         self.act = act
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.bn(self.conv(x))
-        return F.silu(x) if self.act else x
+        return ops.bn_act(self.conv(x), ops.BatchNorm.of(self.bn), silu=self.act)
 
 
 class SqueezeExcite(nn.Module):
@@ -63,9 +64,12 @@ class SqueezeExcite(nn.Module):
         self.reduce = nn.Conv2d(channels, squeezed, 1)
         self.expand = nn.Conv2d(squeezed, channels, 1)
 
+    def operands(self) -> ops.SqueezeExcite:
+        """The parameters as the ops take them."""
+        return ops.SqueezeExcite(self.reduce.weight, self.reduce.bias, self.expand.weight, self.expand.bias)
+
     def forward(self, x: Tensor) -> Tensor:
-        pooled = x.mean((2, 3), keepdim=True)
-        return x * self.expand(F.silu(self.reduce(pooled))).sigmoid()
+        return self.operands().eager(x)
 
 
 def drop_path_scale(batch: int, rate: float, like: Tensor) -> Tensor:
@@ -100,19 +104,29 @@ class MBConv(nn.Module):
     ) -> None:
         super().__init__()
         expanded = in_channels * expand_ratio
-        bn_eps_momentum = {"bn_eps": bn_eps, "bn_momentum": bn_momentum}
-        self.expand = ConvBN(in_channels, expanded, 1, **bn_eps_momentum) if expand_ratio > 1 else None
-        self.depthwise = ConvBN(expanded, expanded, kernel_size, stride, expanded, pad_type=pad_type, **bn_eps_momentum)
+        norm: dict[str, Any] = {"bn_eps": bn_eps, "bn_momentum": bn_momentum}
+        self.expand = ConvBN(in_channels, expanded, 1, **norm) if expand_ratio > 1 else None
+        self.depthwise = ConvBN(expanded, expanded, kernel_size, stride, expanded, pad_type=pad_type, **norm)
         self.se = SqueezeExcite(expanded, se_channels)
-        self.project = ConvBN(expanded, out_channels, 1, act=False, **bn_eps_momentum)
+        self.project = ConvBN(expanded, out_channels, 1, act=False, **norm)
         self.has_residual = stride == 1 and in_channels == out_channels
         self.drop_path_rate = drop_path_rate
 
     def forward(self, x: Tensor) -> Tensor:
-        branch = x if self.expand is None else self.expand(x)
-        branch = self.project(self.se(self.depthwise(branch)))
-        if not self.has_residual:
-            return branch
-        if self.training and self.drop_path_rate > 0:
-            branch = branch * drop_path_scale(len(x), self.drop_path_rate, x).to(branch.dtype)[:, None, None, None]
-        return x + branch
+        branch_scale = None
+        if self.has_residual and self.training and self.drop_path_rate > 0:
+            branch_scale = drop_path_scale(len(x), self.drop_path_rate, x)
+        return ops.mbconv(
+            x,
+            self.expand.conv.weight if self.expand else None,
+            ops.BatchNorm.of(self.expand.bn) if self.expand else None,
+            self.depthwise.conv.weight,
+            ops.BatchNorm.of(self.depthwise.bn),
+            self.se.operands(),
+            self.project.conv.weight,
+            ops.BatchNorm.of(self.project.bn),
+            stride=self.depthwise.conv.stride[0],
+            same=isinstance(self.depthwise.conv, Conv2dSame),
+            residual=self.has_residual,
+            branch_scale=branch_scale,
+        )

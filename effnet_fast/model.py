@@ -1,6 +1,6 @@
 """EfficientNet: a seven-row stage table, scaled."""
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -58,8 +58,8 @@ class EfficientNet(nn.Module):
         super().__init__()
         _check(num_classes, in_chans, drop_rate, drop_path_rate, bn_eps, bn_momentum, pad_type, init)
         channels = scaling.channels(STEM_CHANNELS)
-        bn = {"bn_eps": bn_eps, "bn_momentum": bn_momentum}
-        self.stem = ConvBN(in_chans, channels, 3, 2, pad_type=pad_type, **bn)
+        norm: dict[str, Any] = {"bn_eps": bn_eps, "bn_momentum": bn_momentum}
+        self.stem = ConvBN(in_chans, channels, 3, 2, pad_type=pad_type, **norm)
         total = sum(scaling.repeats(stage.repeats) for stage in STAGES)
         built = 0
         self.stages = nn.ModuleList()
@@ -78,14 +78,14 @@ class EfficientNet(nn.Module):
                         max(1, int(SE_RATIO * se_base)),
                         drop_path_rate=drop_path_rate * built / total,
                         pad_type=pad_type,
-                        **bn,
+                        **norm,
                     )
                 )
                 channels = out
                 built += 1
             self.stages.append(nn.Sequential(*blocks))
         self.num_features = scaling.channels(HEAD_CHANNELS)
-        self.head = ConvBN(channels, self.num_features, 1, **bn)
+        self.head = ConvBN(channels, self.num_features, 1, **norm)
         self.dropout = nn.Dropout(drop_rate)
         self.classifier = nn.Linear(self.num_features, num_classes)
         if init == "fan_out":

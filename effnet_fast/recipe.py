@@ -1,6 +1,7 @@
 """The study's training recipe as pure functions of a few numbers: optimizer, schedule, loss, EMA."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ def ema_decay(updates: int) -> float:
 def make_ema(model: nn.Module) -> AveragedModel:
     """An exponential moving average of a model's parameters and running statistics; update it after every step."""
 
-    def update(averaged: Sequence[Tensor], current: Sequence[Tensor], updates: Tensor) -> None:
+    def update(averaged: Any, current: Any, updates: Tensor | int) -> None:
         decay = ema_decay(int(updates))
         if averaged[0].is_floating_point():
             torch._foreach_lerp_(averaged, current, 1 - decay)

@@ -7,15 +7,17 @@ import time
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
+from torch.utils import deterministic
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from effnet_fast.amp import AMP_DTYPES, autocast
-from effnet_fast.augment import AUGMENTS, TrainLoader, train_loader, val_loader
+from effnet_fast.augment import AUGMENTS, Loader, train_loader, val_loader
 from effnet_fast.cli import ArgumentParser, at_least
 from effnet_fast.data import DATASETS, load_dataset
 from effnet_fast.evaluate import evaluate
@@ -124,7 +126,7 @@ def train(config: Config, output: Path) -> None:
     data = load_dataset(config.dataset, config.data_dir, verify=config.verify)
     train_split = data.train if config.limit_train is None else data.train.first(config.limit_train)
     val_split = data.val if config.limit_val is None else data.val.first(config.limit_val)
-    shared = {
+    shared: dict[str, Any] = {
         "augment": config.augment,
         "size": config.input_size,
         "batch_size": config.batch_size,
@@ -138,7 +140,7 @@ def train(config: Config, output: Path) -> None:
     model = create_model(config.variant, classes, family=config.family)
     parameters = sum(p.numel() for p in model.parameters())
     macs = count_macs(model, config.input_size)
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device).to(memory_format=torch.channels_last)
     ema = make_ema(model)
     optimizer = make_optimizer(model.parameters(), config.lr)
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
@@ -200,7 +202,7 @@ def _train_epoch(
     ema: AveragedModel,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    batches: TrainLoader,
+    batches: Loader,
     epoch: int,
     config: Config,
     run_start: float,
@@ -237,7 +239,8 @@ def _make_deterministic(seed: int) -> None:
     """Same seed, same machine, same number of threads: the same bits."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    # A debugging aid that deterministic algorithms bring along, at the cost of a pass over every new tensor.
+    deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.manual_seed(seed)
 
 

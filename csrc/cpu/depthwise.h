@@ -1,0 +1,284 @@
+// Depthwise convolution, forward. Input rows are activated once, as they arrive, into a ring of fp32 rows in
+// cache; each output row is then a sum over k rows of the ring. Layout of the ring: [vector][row][column][lane], with
+// zero columns as padding, so that the inner loop reads consecutive memory and has no edges.
+#pragma once
+
+#include "tensors.h"
+
+namespace effnet_fast {
+
+// Where a depthwise convolution reads: output (oh, ow) covers input rows oh * stride - pad_h + [0, kernel).
+struct Window {
+  int64_t kernel, stride, pad_h, pad_w, out_h, out_w;
+};
+
+inline Window make_window(const Shape& s, const Tensor& weight, int64_t stride, bool same) {
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) == s.c && weight.size(1) == 1 && weight.size(2) == weight.size(3),
+                  "weight: must be [", s.c, ", 1, k, k]");
+  const int64_t k = weight.size(2);
+  STD_TORCH_CHECK(k == 3 || k == 5 || k == 7, "weight: got a kernel of ", k, ", must be 3, 5 or 7");
+  STD_TORCH_CHECK(stride == 1 || stride == 2, "stride: got ", stride, ", must be 1 or 2");
+  if (!same) return {k, stride, k / 2, k / 2, (s.h - 1) / stride + 1, (s.w - 1) / stride + 1};
+  const int64_t out_h = (s.h + stride - 1) / stride, out_w = (s.w + stride - 1) / stride;
+  const int64_t total_h = std::max<int64_t>((out_h - 1) * stride + k - s.h, 0);
+  const int64_t total_w = std::max<int64_t>((out_w - 1) * stride + k - s.w, 0);
+  return {k, stride, total_h / 2, total_w / 2, out_h, out_w};
+}
+
+// Calls f.template operator()<K, S>().
+template <class F>
+inline void dispatch_window(const Window& w, F&& f) {
+  if (w.kernel == 3) return w.stride == 1 ? f.template operator()<3, 1>() : f.template operator()<3, 2>();
+  if (w.kernel == 5) return w.stride == 1 ? f.template operator()<5, 1>() : f.template operator()<5, 2>();
+  return w.stride == 1 ? f.template operator()<7, 1>() : f.template operator()<7, 2>();
+}
+
+// How the work is cut: a task is a block of channel vectors of a group of images. The cut follows from the shape
+// alone, so that results do not depend on the number of threads.
+struct DepthwiseTasks {
+  int64_t images, vectors, block, blocks, groups;
+
+  // bytes_per_vector: what a task keeps in cache for each vector of channels.
+  DepthwiseTasks(const Shape& s, int64_t bytes_per_vector) : images(s.n), vectors(s.vectors()) {
+    constexpr int64_t kCacheBytes = 256 << 10, kMinTasks = 64;
+    const int64_t fit = std::max<int64_t>(1, std::min(vectors, kCacheBytes / bytes_per_vector));
+    blocks = (vectors + fit - 1) / fit;
+    block = (vectors + blocks - 1) / std::max<int64_t>(blocks, 1);
+    groups = std::min(images, (kMinTasks + blocks - 1) / std::max<int64_t>(blocks, 1));
+  }
+  int64_t group_begin(int64_t group) const { return images * group / groups; }
+  int64_t group_images(int64_t group) const { return group_begin(group + 1) - group_begin(group); }
+
+  // f(group, first vector, number of vectors)
+  template <class F>
+  void run(const F& f) const {
+    for_each_task(blocks * groups, [&](int64_t task) {
+      const int64_t first = task / groups * block;
+      if (first < vectors) f(task % groups, first, std::min(block, vectors - first));
+    });
+  }
+};
+
+// Depthwise weights [C, 1, k, k] of any storage type as fp32 [vector][tap][lane].
+inline std::vector<float> pack_depthwise(const Tensor& weight, const Shape& s, int64_t taps) {
+  std::vector<float> packed(s.vectors() * taps * kLanes);
+  dispatch(weight, "weight", [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const T* w = (const T*)weight.const_data_ptr();
+    for (int64_t c = 0; c < s.c; ++c)
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        const T one[kLanes] = {w[c * taps + tap]};
+        packed[(c / kLanes * taps + tap) * kLanes + c % kLanes] = load(one)[0];
+      }
+  });
+  return packed;
+}
+
+// Sums of products for T neighbouring outputs of one row. rows[i] is the i-th input row under the kernel, or null outside
+// of the image; taps of kernel row i begin at weight + i * kernel_row. Consecutive outputs are S columns apart.
+template <int Rows, int Taps, int S, int T, class Sink>
+inline void dw_columns(const float* const* rows, const float* weight, int64_t kernel_row, int64_t ow, Sink& sink) {
+  Vec acc[T] = {};
+  for (int i = 0; i < Rows; ++i) {
+    if (!rows[i]) continue;
+    const float *row = rows[i] + ow * S * kLanes, *taps = weight + i * kernel_row;
+#pragma GCC unroll 8
+    for (int tap = 0; tap < Taps; ++tap) {
+      const Vec w = load(taps + tap * kLanes);
+#pragma GCC unroll 16
+      for (int t = 0; t < T; ++t) acc[t] += load(row + (t * S + tap) * kLanes) * w;
+    }
+  }
+#pragma GCC unroll 16
+  for (int t = 0; t < T; ++t) sink(ow + t, acc[t]);
+}
+
+template <int Rows, int Taps, int S, class Sink>
+inline void dw_row(const float* const* rows, const float* weight, int64_t kernel_row, int64_t out_w, Sink& sink) {
+  constexpr int kWide = kLanes == 16 ? 14 : 7;  // accumulators that fit in the register file: B0's widths are 7 * 2^i
+  int64_t ow = 0;
+  for (; ow + kWide <= out_w; ow += kWide) dw_columns<Rows, Taps, S, kWide>(rows, weight, kernel_row, ow, sink);
+  for (; ow + 4 <= out_w; ow += 4) dw_columns<Rows, Taps, S, 4>(rows, weight, kernel_row, ow, sink);
+  for (; ow < out_w; ++ow) dw_columns<Rows, Taps, S, 1>(rows, weight, kernel_row, ow, sink);
+}
+
+// What is done to the input on load: nothing, or SiLU(x * scale + shift).
+struct InputAffine {
+  const float *scale, *shift;  // null: nothing
+};
+
+// Reads one row of an image into the ring.
+template <class T>
+inline void fill_ring_row(const T* row, int64_t width, int64_t channels, int64_t first, int64_t count,
+                          const InputAffine& affine, float* ring, int64_t vector_stride) {
+  for (int64_t v = 0; v < count; ++v)
+    with_lanes(first + v, channels, [&](auto lanes) {
+      const int64_t c = (first + v) * kLanes;
+      const T* from = row + c;
+      float* to = ring + v * vector_stride;
+      if (!affine.scale) {
+        for (int64_t i = 0; i < width; ++i) store(to + i * kLanes, load(from + i * channels, lanes));
+        return;
+      }
+      const Vec scale = load(affine.scale + c, lanes), shift = load(affine.shift + c, lanes);
+      for (int64_t i = 0; i < width; ++i)
+        store(to + i * kLanes, silu<T>(load(from + i * channels, lanes) * scale + shift));
+    });
+}
+
+// Runs the convolution. on_row(group, image, first channel, lanes, oh) returns the sink for one row of outputs of a
+// vector: it is called with (column, sums), and its .finish() is false if it must see the row again.
+template <class T, int K, int S, class OnRow>
+inline void depthwise_forward(const T* x, const Shape& s, const Window& win, const float* weight,
+                              const InputAffine& affine, const DepthwiseTasks& tasks, const OnRow& on_row) {
+  constexpr int kRows = K <= 3 ? 4 : 8;
+  const int64_t padded = std::max((win.out_w - 1) * S + K, s.w + win.pad_w);
+  const int64_t row_floats = padded * kLanes, vector_floats = kRows * row_floats;
+  tasks.run([&](int64_t group, int64_t first, int64_t count) {
+    float* ring = scratch(count * vector_floats);
+    std::memset(ring, 0, count * vector_floats * sizeof(float));
+    for (int64_t n = tasks.group_begin(group); n < tasks.group_begin(group + 1); ++n) {
+      const T* image = x + n * s.pixels() * s.c;
+      int64_t filled = 0;
+      for (int64_t oh = 0; oh < win.out_h; ++oh) {
+        const int64_t top = oh * S - win.pad_h;
+        for (; filled < std::min(s.h, top + K); ++filled)
+          fill_ring_row(image + filled * s.w * s.c, s.w, s.c, first, count, affine,
+                        ring + filled % kRows * row_floats + win.pad_w * kLanes, vector_floats);
+        for (int64_t v = 0; v < count; ++v)
+          with_lanes(first + v, s.c, [&](auto lanes) {
+            const float* rows[K];
+            for (int kh = 0; kh < K; ++kh) {
+              const int64_t h = top + kh;
+              rows[kh] = h < 0 || h >= s.h ? nullptr : ring + v * vector_floats + h % kRows * row_floats;
+            }
+            auto sink = on_row(group, n, (first + v) * kLanes, lanes, oh);
+            do
+              dw_row<K, K, S>(rows, weight + (first + v) * K * K * kLanes, K * kLanes, win.out_w, sink);
+            while (!sink.finish());
+          });
+      }
+    }
+  });
+}
+
+inline int64_t forward_bytes_per_vector(const Shape& s, const Window& win) {
+  return (win.kernel <= 3 ? 4 : 8) * (s.w + 2 * win.kernel) * kLanes * (int64_t)sizeof(float);
+}
+
+// Stores outputs, and sums them and their squares around the mean of a task's first row, so that a large mean does not
+// cancel in the squares. The first row is therefore computed twice.
+template <class T, class Lanes>
+struct StatisticsSink {
+  T* out;
+  int64_t channels;
+  Lanes lanes;
+  float* state;  // [center, sum, sum of squares][lane] of this task and vector
+  int64_t columns;
+  bool first;
+  Vec center, sum = {}, square = {};
+
+  void operator()(int64_t ow, Vec y) {
+    store(out + ow * channels, y, lanes);
+    const Vec d = y - center;
+    sum += d;
+    square += d * d;
+  }
+  bool finish() {
+    if (first) {
+      center = sum / (float)columns;
+      store(state, center);
+      first = false;
+      sum = square = Vec{};
+      return false;
+    }
+    store(state + kLanes, load(state + kLanes) + sum);
+    store(state + 2 * kLanes, load(state + 2 * kLanes) + square);
+    return true;
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> dwconv_stats(const Tensor& x, const Tensor& weight, const OptionalTensor& scale,
+                                                const OptionalTensor& shift, int64_t stride, bool same) {
+  const Shape s = check_nhwc(x, "x");
+  const Window win = make_window(s, weight, stride, same);
+  const InputAffine affine{check_floats(scale, "scale", s.c), check_floats(shift, "shift", s.c)};
+  const DepthwiseTasks tasks(s, forward_bytes_per_vector(s, win));
+  const std::vector<float> packed = pack_depthwise(weight, s, win.kernel * win.kernel);
+  Tensor y = empty_nhwc({s.n, s.c, win.out_h, win.out_w}, x.scalar_type());
+  Tensor mean = empty_floats({s.c}), m2 = empty_floats({s.c});
+  const int64_t pixels = s.n > 0 ? win.out_h * win.out_w : 0;
+  std::vector<float> state(tasks.groups * s.vectors() * 3 * kLanes);
+  dispatch(x, "x", [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    T* out = (T*)y.mutable_data_ptr();
+    const auto on_row = [&](int64_t group, int64_t n, int64_t c, auto lanes, int64_t oh) {
+      float* mine = state.data() + (group * s.vectors() + c / kLanes) * 3 * kLanes;
+      const bool first = n == tasks.group_begin(group) && oh == 0;
+      return StatisticsSink<T, decltype(lanes)>{
+          out + (n * win.out_h + oh) * win.out_w * s.c + c, s.c, lanes, mine, win.out_w, first, load(mine)};
+    };
+    dispatch_window(win, [&]<int K, int S>() {
+      depthwise_forward<T, K, S>((const T*)x.const_data_ptr(), s, win, packed.data(), affine, tasks, on_row);
+    });
+  });
+  const auto count = [&](int64_t group) { return tasks.group_images(group) * pixels; };
+  std::vector<float> means(tasks.groups * s.c), m2s(tasks.groups * s.c);
+  for (int64_t group = 0; group < tasks.groups; ++group)
+    for (int64_t c = 0; c < s.c; ++c) {
+      const float* mine = state.data() + (group * s.vectors() + c / kLanes) * 3 * kLanes + c % kLanes;
+      const float d = mine[kLanes] / (float)count(group);
+      means[group * s.c + c] = mine[0] + d;
+      m2s[group * s.c + c] = mine[2 * kLanes] - mine[kLanes] * d;
+    }
+  combine_moments(means.data(), m2s.data(), pixels > 0 ? tasks.groups : 0, s.c, count, floats(mean), floats(m2));
+  return {y, mean, m2};
+}
+
+// Stores SiLU(y * scale + shift) and sums it over the image.
+template <class T, class Lanes>
+struct AffineSink {
+  T* out;
+  int64_t channels;
+  Lanes lanes;
+  float* pooled;
+  Vec scale, shift, sum;
+
+  void operator()(int64_t ow, Vec y) {
+    const Vec z = silu<T>(y * scale + shift);
+    store(out + ow * channels, z, lanes);
+    sum += z;
+  }
+  bool finish() {
+    store(pooled, sum, lanes);
+    return true;
+  }
+};
+
+std::tuple<Tensor, Tensor> dwconv_affine(const Tensor& x, const Tensor& weight, const OptionalTensor& in_scale,
+                                         const OptionalTensor& in_shift, const Tensor& scale, const Tensor& shift,
+                                         int64_t stride, bool same) {
+  const Shape s = check_nhwc(x, "x");
+  const Window win = make_window(s, weight, stride, same);
+  const InputAffine affine{check_floats(in_scale, "in_scale", s.c), check_floats(in_shift, "in_shift", s.c)};
+  const float *sc = check_floats(scale, "scale", s.c), *sh = check_floats(shift, "shift", s.c);
+  const DepthwiseTasks tasks(s, forward_bytes_per_vector(s, win));
+  const std::vector<float> packed = pack_depthwise(weight, s, win.kernel * win.kernel);
+  Tensor z = empty_nhwc({s.n, s.c, win.out_h, win.out_w}, x.scalar_type());
+  Tensor pooled = torch::stable::new_zeros(scale, {s.n, s.c});
+  dispatch(x, "x", [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    T* out = (T*)z.mutable_data_ptr();
+    const auto on_row = [&](int64_t, int64_t n, int64_t c, auto lanes, int64_t oh) {
+      float* sum = floats(pooled) + n * s.c + c;
+      return AffineSink<T, decltype(lanes)>{out + (n * win.out_h + oh) * win.out_w * s.c + c, s.c, lanes, sum,
+                                            load(sc + c, lanes), load(sh + c, lanes), load(sum, lanes)};
+    };
+    dispatch_window(win, [&]<int K, int S>() {
+      depthwise_forward<T, K, S>((const T*)x.const_data_ptr(), s, win, packed.data(), affine, tasks, on_row);
+    });
+  });
+  return {z, pooled};
+}
+
+}  // namespace effnet_fast

@@ -1,0 +1,271 @@
+// Depthwise convolution, backward: one sweep over the input's rows gives the activation's gradient, the weight's
+// gradient and the sums of the input's BatchNorm. The gradient of the convolution's output is formed on load from
+// (grad, y) when a BatchNorm + SiLU (+ gate) follows, and kept in a ring of fp32 rows as in the forward pass.
+#pragma once
+
+#include "depthwise.h"
+
+namespace effnet_fast {
+
+// Gradient of the convolution's output y: du * scale + (y - mean) * b + a with
+// du = (grad * gate + pooled_grad) * SiLU'(y * scale + shift); just grad when scale is null.
+struct OutputGrad {
+  const float *scale, *shift, *mean, *a, *b;  // [C]
+  const float *gate, *pooled_grad;            // [N, C] or null
+};
+
+// Writes one row of it for the channels from c on into a row of the ring.
+template <class T, class Lanes>
+inline void fill_grad_row(const T* grad, const T* y, int64_t width, int64_t channels, int64_t n, int64_t c, Lanes lanes,
+                          const OutputGrad& op, float* to) {
+  if (!op.scale) {
+    for (int64_t i = 0; i < width; ++i) store(to + i * kLanes, load(grad + i * channels, lanes));
+    return;
+  }
+  const Vec scale = load(op.scale + c, lanes), shift = load(op.shift + c, lanes), mean = load(op.mean + c, lanes);
+  const Vec offset = load(op.a + c, lanes), factor = load(op.b + c, lanes);
+  const Vec gate = op.gate ? load(op.gate + n * channels + c, lanes) : broadcast(1.f);
+  const Vec pooled = op.pooled_grad ? load(op.pooled_grad + n * channels + c, lanes) : Vec{};
+  for (int64_t i = 0; i < width; ++i) {
+    const Vec value = load(y + i * channels, lanes), u = value * scale + shift, s = sigmoid<T>(u);
+    const Vec du = (load(grad + i * channels, lanes) * gate + pooled) * silu_slope(s, u * s);
+    store(to + i * kLanes, du * scale + (value - mean) * factor + offset);
+  }
+}
+
+// The BatchNorm + SiLU between the input x and the convolution, or nulls.
+struct InputNorm {
+  const float *scale, *shift, *mean, *rstd;
+};
+
+// One row of the input for one vector of channels, [column][lane] each.
+struct InputRow {
+  float *activated, *slope, *normalized, *grad;
+};
+
+// Gradients of the activated input, for the input columns of phase PW (of S) of one row. Input column iw meets the
+// kernel's columns PW, PW + S, ... , and so the output columns last, last - 1, ... with last = (iw + pad_w) / S: a
+// convolution of `dy` with the taps reversed. dy[j]: the row of output gradients under kernel row PH + S * j, pointing at
+// column 0, or null. `reversed`: the weights with the order of each kernel row's columns reversed, phase after phase.
+template <int K, int S, int PH, int PW>
+inline void input_grad_columns(int64_t width, int64_t pad_w, const float* const* dy, const float* reversed, float* out) {
+  constexpr int kRows = (K - PH + S - 1) / S, kTaps = (K - PW + S - 1) / S;
+  constexpr int kSkipped = PW == 0 ? 0 : (K + S - 1) / S;  // taps of the phase before this one in a kernel row
+  const int64_t iw = ((PW - pad_w) % S + S) % S;           // first column of the phase
+  if (iw >= width) return;
+  const int64_t last = (iw + pad_w) / S;
+  const float* rows[kRows];
+  for (int j = 0; j < kRows; ++j) rows[j] = dy[j] ? dy[j] + (last - kTaps + 1) * kLanes : nullptr;
+  const auto sink = [&](int64_t i, Vec da) { store(out + (iw + i * S) * kLanes, da); };
+  dw_row<kRows, kTaps, 1>(rows, reversed + (PH * K + kSkipped) * kLanes, S * K * kLanes, (width - iw + S - 1) / S, sink);
+}
+
+// Adds one input row's products to the weight's gradient: column iw meets the output columns as above.
+template <int K, int S, int PH, int PW>
+inline void weight_grad_column(int64_t iw, int64_t pad_w, Vec a, const float* const* dy, Vec* acc) {
+  const int64_t last = (iw + pad_w) / S;
+#pragma GCC unroll 8
+  for (int j = 0; PH + S * j < K; ++j)
+#pragma GCC unroll 8
+    for (int i = 0; PW + S * i < K; ++i) acc[j * K + PW + S * i] += load(dy[j] + (last - i) * kLanes) * a;
+}
+
+template <int K, int S, int PH>
+inline void weight_grad_row(int64_t width, int64_t pad_w, const float* activated, const float* const* dy,
+                            float* weight_grad) {
+  constexpr int kRows = (K - PH + S - 1) / S;
+  Vec acc[kRows * K] = {};
+  const auto column = [&]<int PW>(int64_t iw) {
+    weight_grad_column<K, S, PH, PW>(iw, pad_w, load(activated + iw * kLanes), dy, acc);
+  };
+  int64_t iw = 0;
+  if constexpr (S == 1) {
+    for (; iw < width; ++iw) column.template operator()<0>(iw);
+  } else {
+    if (pad_w % 2 == 1 && iw < width) column.template operator()<1>(iw++);
+    for (; iw + 1 < width; iw += 2) {
+      column.template operator()<0>(iw);
+      column.template operator()<1>(iw + 1);
+    }
+    if (iw < width) column.template operator()<0>(iw);
+  }
+#pragma GCC unroll 8
+  for (int j = 0; j < kRows; ++j)
+#pragma GCC unroll 8
+    for (int kw = 0; kw < K; ++kw) {
+      float* sum = weight_grad + ((PH + S * j) * K + kw) * kLanes;
+      store(sum, load(sum) + acc[j * K + kw]);
+    }
+}
+
+// Everything that the gradients `dy` bring to one input row in kernel rows PH, PH + S, ...
+template <int K, int S, int PH>
+inline void backward_row(int64_t width, int64_t pad_w, const InputRow& row, const float* const* dy, const float* zeros,
+                         const float* reversed, float* weight_grad) {
+  input_grad_columns<K, S, PH, 0>(width, pad_w, dy, reversed, row.grad);
+  if constexpr (S == 2) input_grad_columns<K, S, PH, 1>(width, pad_w, dy, reversed, row.grad);
+  const float* present[K];
+  for (int j = 0; j < K; ++j) present[j] = dy[j] ? dy[j] : zeros;
+  weight_grad_row<K, S, PH>(width, pad_w, row.activated, present, weight_grad);
+}
+
+template <class T, class Lanes>
+inline void load_input_row(const T* x, int64_t width, int64_t channels, int64_t c, Lanes lanes, const InputNorm& norm,
+                           const InputRow& row) {
+  if (!norm.scale) {
+    for (int64_t i = 0; i < width; ++i) store(row.activated + i * kLanes, load(x + i * channels, lanes));
+    return;
+  }
+  const Vec scale = load(norm.scale + c, lanes), shift = load(norm.shift + c, lanes);
+  const Vec mean = load(norm.mean + c, lanes), rstd = load(norm.rstd + c, lanes);
+  for (int64_t i = 0; i < width; ++i) {
+    const Vec value = load(x + i * channels, lanes), u = value * scale + shift, s = sigmoid<T>(u), z = u * s;
+    store(row.activated + i * kLanes, z);
+    store(row.slope + i * kLanes, silu_slope(s, z));
+    store(row.normalized + i * kLanes, (value - mean) * rstd);
+  }
+}
+
+// Writes a row of gradients in storage precision; sums them, as rounded, and their products with the normalized input.
+template <class T, class Lanes>
+inline void store_grad_row(const InputRow& row, int64_t width, int64_t channels, Lanes lanes, bool normed, T* out,
+                           float* sums) {
+  Vec sum = {}, product = {};
+  for (int64_t i = 0; i < width; ++i) {
+    Vec g = load(row.grad + i * kLanes);
+    if (normed) g *= load(row.slope + i * kLanes);
+    store(out + i * channels, g, lanes);
+    if (normed) {
+      g = load(out + i * channels, lanes);
+      sum += g;
+      product += g * load(row.normalized + i * kLanes);
+    }
+  }
+  store(sums, load(sums) + sum);
+  store(sums + kLanes, load(sums + kLanes) + product);
+}
+
+// Packed weights with each kernel row's columns in the order that `input_grad_columns` reads: the columns of phase 0 from
+// last to first, then those of phase 1.
+inline std::vector<float> reverse_columns(const std::vector<float>& packed, const Window& win) {
+  std::vector<float> reversed(packed.size());
+  std::vector<int64_t> order;
+  for (int64_t phase = 0; phase < win.stride; ++phase)
+    for (int64_t kw = win.kernel - 1; kw >= 0; --kw)
+      if (kw % win.stride == phase) order.push_back(kw);
+  for (size_t row = 0; row < packed.size(); row += win.kernel * kLanes)
+    for (int64_t i = 0; i < win.kernel; ++i)
+      std::memcpy(&reversed[row + i * kLanes], &packed[row + order[i] * kLanes], kLanes * sizeof(float));
+  return reversed;
+}
+
+template <class T, int K, int S>
+inline void depthwise_backward(const T* grad, const T* y, const T* x, const Shape& s, const Window& win,
+                               const float* reversed, const OutputGrad& output_grad, const InputNorm& norm,
+                               const DepthwiseTasks& tasks, T* dx, float* weight_grads, float* sums) {
+  constexpr int kRows = K <= 3 ? 4 : 8;
+  constexpr int64_t kMargin = K;  // zero columns on either side
+  const int64_t row_floats = (win.out_w + 2 * kMargin) * kLanes, vector_floats = kRows * row_floats;
+  tasks.run([&](int64_t group, int64_t first, int64_t count) {
+    float* ring = scratch(count * vector_floats + row_floats + 4 * s.w * kLanes);
+    float* zeros = ring + count * vector_floats;
+    float* rows = zeros + row_floats;
+    const InputRow row{rows, rows + s.w * kLanes, rows + 2 * s.w * kLanes, rows + 3 * s.w * kLanes};
+    std::memset(ring, 0, (count * vector_floats + row_floats) * sizeof(float));
+    float* group_weight_grad = weight_grads + (group * s.vectors() + first) * K * K * kLanes;
+    float* group_sums = sums + (group * s.vectors() + first) * 2 * kLanes;
+    for (int64_t n = tasks.group_begin(group); n < tasks.group_begin(group + 1); ++n) {
+      int64_t filled = 0;
+      for (int64_t h = 0; h < s.h; ++h) {
+        const int64_t last = (h + win.pad_h) / S, phase = (h + win.pad_h) % S;
+        for (; filled <= std::min(last, win.out_h - 1); ++filled) {
+          const int64_t at = (n * win.out_h + filled) * win.out_w * s.c;
+          float* to = ring + filled % kRows * row_floats + kMargin * kLanes;
+          for (int64_t v = 0; v < count; ++v)
+            with_lanes(first + v, s.c, [&](auto lanes) {
+              const int64_t c = (first + v) * kLanes;
+              fill_grad_row(grad + at + c, y + at + c, win.out_w, s.c, n, c, lanes, output_grad, to + v * vector_floats);
+            });
+        }
+        for (int64_t v = 0; v < count; ++v)
+          with_lanes(first + v, s.c, [&](auto lanes) {
+            const int64_t c = (first + v) * kLanes, at = (n * s.h + h) * s.w * s.c + c;
+            load_input_row(x + at, s.w, s.c, c, lanes, norm, row);
+            const float* dy[K];
+            for (int j = 0; j < K; ++j) {
+              const int64_t oh = last - j;
+              const float* from = ring + v * vector_floats + oh % kRows * row_floats + kMargin * kLanes;
+              dy[j] = oh < 0 || oh >= win.out_h ? nullptr : from;
+            }
+            const float *w = reversed + (first + v) * K * K * kLanes, *none = zeros + kMargin * kLanes;
+            float* weight_grad = group_weight_grad + v * K * K * kLanes;
+            if (phase == 0)
+              backward_row<K, S, 0>(s.w, win.pad_w, row, dy, none, w, weight_grad);
+            else
+              backward_row<K, S, S - 1>(s.w, win.pad_w, row, dy, none, w, weight_grad);
+            store_grad_row(row, s.w, s.c, lanes, norm.scale != nullptr, dx + at, group_sums + v * 2 * kLanes);
+          });
+      }
+    }
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward_dwconv(
+    const Tensor& grad, const OptionalTensor& y, const Tensor& x, const Tensor& weight, const OptionalTensor& scale,
+    const OptionalTensor& shift, const OptionalTensor& mean, const OptionalTensor& gate,
+    const OptionalTensor& pooled_grad, const OptionalTensor& a, const OptionalTensor& b, const OptionalTensor& in_scale,
+    const OptionalTensor& in_shift, const OptionalTensor& in_mean, const OptionalTensor& in_rstd, int64_t stride,
+    bool same) {
+  const Shape s = check_nhwc(x, "x");
+  const Window win = make_window(s, weight, stride, same);
+  const Shape out = check_nhwc(grad, "grad");
+  STD_TORCH_CHECK(out.n == s.n && out.c == s.c && out.h == win.out_h && out.w == win.out_w,
+                  "grad: must have the shape of the convolution's output");
+  STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type(), "grad: must have the dtype of x");
+  if (y) check_like(*y, "y", grad, "grad");
+  const OutputGrad output_grad{check_floats(scale, "scale", s.c),      check_floats(shift, "shift", s.c),
+                               check_floats(mean, "mean", s.c),        check_floats(a, "a", s.c),
+                               check_floats(b, "b", s.c),              check_floats(gate, "gate", s.c, s.n),
+                               check_floats(pooled_grad, "pooled_grad", s.c, s.n)};
+  STD_TORCH_CHECK(!output_grad.scale || (y && output_grad.shift && output_grad.mean && output_grad.a && output_grad.b),
+                  "scale: needs y, shift, mean, a and b as well");
+  const InputNorm norm{check_floats(in_scale, "in_scale", s.c), check_floats(in_shift, "in_shift", s.c),
+                       check_floats(in_mean, "in_mean", s.c), check_floats(in_rstd, "in_rstd", s.c)};
+  STD_TORCH_CHECK(!norm.scale || (norm.shift && norm.mean && norm.rstd),
+                  "in_scale: needs in_shift, in_mean and in_rstd as well");
+  const int64_t taps = win.kernel * win.kernel;
+  const DepthwiseTasks tasks(s, forward_bytes_per_vector({s.n, s.c, win.out_h, win.out_w}, win));
+  const std::vector<float> reversed = reverse_columns(pack_depthwise(weight, s, taps), win);
+  std::vector<float> weight_grads(tasks.groups * s.vectors() * taps * kLanes);
+  std::vector<float> sums(tasks.groups * s.vectors() * 2 * kLanes);
+  Tensor dx = empty_nhwc(s, x.scalar_type()), dweight = empty_floats({s.c, 1, win.kernel, win.kernel});
+  Tensor norm_sums = empty_floats({2, s.c});
+  dispatch(x, "x", [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    dispatch_window(win, [&]<int K, int S>() {
+      depthwise_backward<T, K, S>((const T*)grad.const_data_ptr(), y ? (const T*)y->const_data_ptr() : nullptr,
+                                  (const T*)x.const_data_ptr(), s, win, reversed.data(), output_grad, norm, tasks,
+                                  (T*)dx.mutable_data_ptr(), weight_grads.data(), sums.data());
+    });
+  });
+  torch::stable::parallel_for(0, s.c, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      const int64_t v = c / kLanes, lane = c % kLanes;
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        float total = 0;
+        for (int64_t group = 0; group < tasks.groups; ++group)
+          total += weight_grads[((group * s.vectors() + v) * taps + tap) * kLanes + lane];
+        floats(dweight)[c * taps + tap] = total;
+      }
+      for (int64_t i = 0; i < 2; ++i) {
+        float total = 0;
+        for (int64_t group = 0; group < tasks.groups; ++group)
+          total += sums[((group * s.vectors() + v) * 2 + i) * kLanes + lane];
+        floats(norm_sums)[i * s.c + c] = total;
+      }
+    }
+  });
+  return {dx, dweight, norm_sums};
+}
+
+}  // namespace effnet_fast

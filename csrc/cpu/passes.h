@@ -1,0 +1,27 @@
+// The CPU implementation of every pass. Each instruction set's file includes this once, so that one source becomes
+// one extension module per instruction set, of which one is loaded.
+#pragma once
+
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+
+#include "depthwise_backward.h"
+#include "pointwise.h"
+
+STABLE_TORCH_LIBRARY_IMPL(effnet_fast, CPU, m) {
+  m.impl("channel_stats", TORCH_BOX(&effnet_fast::channel_stats));
+  m.impl("dwconv_stats", TORCH_BOX(&effnet_fast::dwconv_stats));
+  m.impl("pool", TORCH_BOX(&effnet_fast::pool));
+  m.impl("apply", TORCH_BOX(&effnet_fast::apply));
+  m.impl("backward_sums", TORCH_BOX(&effnet_fast::backward_sums));
+  m.impl("backward_dwconv", TORCH_BOX(&effnet_fast::backward_dwconv));
+  m.impl("backward_apply", TORCH_BOX(&effnet_fast::backward_apply));
+  m.impl("dwconv_affine", TORCH_BOX(&effnet_fast::dwconv_affine));
+}
+
+// Importing the module registers the passes; it has nothing else to offer.
+#define EFFNET_FAST_MODULE(name)                                                      \
+  PyMODINIT_FUNC PyInit_##name() {                                                    \
+    static PyModuleDef module = {PyModuleDef_HEAD_INIT, #name, nullptr, 0, nullptr}; \
+    return PyModule_Create(&module);                                                  \
+  }

@@ -1,0 +1,116 @@
+// Tensors as the kernels see them: checked once at the door, then plain pointers and sizes.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "simd.h"
+
+namespace effnet_fast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// A 4-d tensor that lies channels_last (NHWC) in memory.
+struct Shape {
+  int64_t n, c, h, w;
+  int64_t pixels() const { return h * w; }
+  int64_t vectors() const { return (c + kLanes - 1) / kLanes; }
+};
+
+inline void check_on_cpu(const Tensor& t, const char* name) { STD_TORCH_CHECK(t.is_cpu(), name, ": must be on the CPU"); }
+
+inline Shape check_nhwc(const Tensor& t, const char* name) {
+  check_on_cpu(t, name);
+  STD_TORCH_CHECK(t.dim() == 4, name, ": got ", t.dim(), " dimensions, must be 4 (N, C, H, W)");
+  const Shape s{t.size(0), t.size(1), t.size(2), t.size(3)};
+  STD_TORCH_CHECK(s.c % 8 == 0, name, ": got ", s.c, " channels, must be a multiple of 8");
+  // strides of dimensions of size 1 carry no meaning, and those of an empty tensor none at all
+  const int64_t strides[4] = {s.h * s.w * s.c, 1, s.w * s.c, s.c};
+  for (int d = 0; d < 4 && t.numel() > 0; ++d)
+    STD_TORCH_CHECK(t.size(d) == 1 || t.stride(d) == strides[d], name, ": must be contiguous in channels_last format");
+  return s;
+}
+
+inline void check_like(const Tensor& t, const char* name, const Tensor& other, const char* other_name) {
+  const Shape a = check_nhwc(t, name), b = check_nhwc(other, other_name);
+  STD_TORCH_CHECK(a.n == b.n && a.c == b.c && a.h == b.h && a.w == b.w, name, ": must have the shape of ", other_name);
+  STD_TORCH_CHECK(t.scalar_type() == other.scalar_type(), name, ": must have the dtype of ", other_name);
+}
+
+// Small fp32 operands: [C], or [N, C] with rows > 0.
+inline const float* check_floats(const Tensor& t, const char* name, int64_t channels, int64_t rows = 0) {
+  check_on_cpu(t, name);
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, name, ": must be float32");
+  STD_TORCH_CHECK(t.is_contiguous() && t.numel() == channels * std::max<int64_t>(rows, 1) &&
+                      t.size(t.dim() - 1) == channels, name, ": must be contiguous with ", channels, " channels");
+  return (const float*)t.const_data_ptr();
+}
+inline const float* check_floats(const OptionalTensor& t, const char* name, int64_t channels, int64_t rows = 0) {
+  return t.has_value() ? check_floats(*t, name, channels, rows) : nullptr;
+}
+
+inline Tensor empty_nhwc(const Shape& s, ScalarType dtype) {
+  return torch::stable::empty({s.n, s.c, s.h, s.w}, dtype, std::nullopt, std::nullopt, std::nullopt,
+                              torch::headeronly::MemoryFormat::ChannelsLast);
+}
+inline Tensor empty_floats(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  return torch::stable::empty(sizes, ScalarType::Float);
+}
+inline float* floats(const Tensor& t) { return (float*)t.mutable_data_ptr(); }
+
+// Calls f with a null pointer of the storage type.
+template <class F>
+inline void dispatch(const Tensor& t, const char* name, F&& f) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return f((float*)nullptr);
+    case ScalarType::BFloat16: return f((BFloat16*)nullptr);
+    case ScalarType::Half: return f((Float16*)nullptr);
+    default: STD_TORCH_CHECK(false, name, ": dtype must be float32, bfloat16 or float16");
+  }
+}
+
+// Runs f(task) for every task, spread over torch's threads.
+template <class F>
+inline void for_each_task(int64_t tasks, const F& f) {
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) f(task);
+  });
+}
+
+// 64-byte aligned floats that a thread keeps from call to call, so that scratch costs no page faults.
+inline float* scratch(size_t count) {
+  static thread_local std::vector<float> buffer;
+  if (buffer.size() < count + 16) buffer.resize(count + 16);
+  return (float*)(((uintptr_t)buffer.data() + 63) & ~(uintptr_t)63);
+}
+
+// Partial statistics of disjoint sets of values of one channel, combined in a fixed order in double (Chan et al. 1983).
+// means and m2s: [parts, channels]; count(part) values each.
+template <class Count>
+inline void combine_moments(const float* means, const float* m2s, int64_t parts, int64_t channels, const Count& count,
+                            float* mean, float* m2) {
+  double total = 0;
+  for (int64_t p = 0; p < parts; ++p) total += (double)count(p);
+  torch::stable::parallel_for(0, channels, 256, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      double sum = 0, square = 0;
+      for (int64_t p = 0; p < parts; ++p) sum += (double)count(p) * means[p * channels + c];
+      const double center = total > 0 ? sum / total : 0;
+      for (int64_t p = 0; p < parts; ++p) {
+        const double d = means[p * channels + c] - center;
+        square += m2s[p * channels + c] + (double)count(p) * d * d;
+      }
+      mean[c] = (float)center;
+      m2[c] = (float)square;
+    }
+  });
+}
+
+}  // namespace effnet_fast

@@ -1,0 +1,472 @@
+"""Batches from splits: the study's augmentation, example by example, and a fast one, batch by batch.
+
+Every random number derives from (seed, epoch, position), so an epoch repeats bit for bit whatever was drawn
+before it and however many workers there are, and the caller's generators are left alone.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from effnet_fast.data import DataError, Split, TensorSplit, resize_square, source_side
+
+AUGMENTS = ("reference", "fast")
+
+# ImageNet's, of pixels in 0..1.
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+CROP_SCALE = (0.08, 1.0)
+CROP_RATIO = (3 / 4, 4 / 3)
+ERASE_PROBABILITY = 0.5
+ERASE_SCALE = (0.02, 0.33)
+ERASE_RATIO = (0.3, 3.3)
+
+Batch = tuple[Tensor, Tensor]
+
+
+def train_loader(
+    split: Split,
+    *,
+    augment: str,
+    size: int,
+    batch_size: int,
+    seed: int,
+    num_workers: int = 0,
+    device: torch.device | str = "cpu",
+    mixup: float = 0.0,
+    num_classes: int | None = None,
+) -> "Loader":
+    """Shuffled, augmented batches; the last partial batch is dropped unless it is the only one.
+
+    Args:
+        split: the examples.
+        augment: `reference`: random resized crop, AutoAugment, flip and random erasing of one example at a
+            time; or `fast`: the same without AutoAugment, of whole batches on the device, from pixels that
+            are kept there.
+        size: of the batches, in pixels.
+        batch_size: examples.
+        seed: of everything random.
+        num_workers: processes that augment; `fast` needs none and starts none.
+        device: where the batches are.
+        mixup: alpha of the Beta(alpha, alpha) distribution that each batch's mixing ratio is drawn from;
+            0 mixes nothing.
+        num_classes: needed with mixup.
+
+    Raises:
+        ValueError: an argument out of range.
+        DataError: an empty split, or an image that can't be read.
+    """
+    _check_arguments(split, augment, size, batch_size, num_workers)
+    if mixup < 0:
+        raise ValueError(f"mixup: {mixup}, must be at least 0")
+    if mixup > 0 and num_classes is None:
+        raise ValueError("num_classes: None, must be given with mixup")
+    fetch: Callable[[_Job], Batch]
+    if augment == "fast":
+        num_workers = 0
+        fetch = _FastTraining(split.to_tensor(size), size, seed, torch.device(device))
+    else:
+        fetch = _ReferenceTraining(split, size, seed)
+    return Loader(
+        fetch,
+        len(split),
+        batch_size,
+        seed=seed,
+        num_workers=num_workers,
+        device=torch.device(device),
+        mixup=mixup,
+        num_classes=num_classes,
+    )
+
+
+def val_loader(
+    split: Split,
+    *,
+    augment: str,
+    size: int,
+    batch_size: int,
+    num_workers: int = 0,
+    device: torch.device | str = "cpu",
+) -> "Loader":
+    """Every example in order: resized to int(size / 0.875), bicubic, and its centre cropped to `size`.
+
+    The batches are the same for every `augment`. `fast` reads an image folder once and keeps its pixels on
+    the device, `reference` reads it again in every epoch, in `num_workers` processes.
+
+    Args and Raises: as `train_loader`.
+    """
+    _check_arguments(split, augment, size, batch_size, num_workers)
+    fetch: Callable[[_Job], Batch]
+    if augment == "fast" or isinstance(split, TensorSplit):
+        num_workers = 0
+        fetch = _TensorValidation(split.to_tensor(size), size, torch.device(device))
+    else:
+        fetch = _FileValidation(split, size)
+    return Loader(fetch, len(split), batch_size, num_workers=num_workers, device=torch.device(device))
+
+
+def _check_arguments(split: Split, augment: str, size: int, batch_size: int, num_workers: int) -> None:
+    if augment not in AUGMENTS:
+        raise ValueError(f"augment: {augment!r} is unknown, choose from {', '.join(AUGMENTS)}")
+    limits = (("size", size, 1), ("batch_size", batch_size, 1), ("num_workers", num_workers, 0))
+    for name, value, least in limits:
+        if value < least:
+            raise ValueError(f"{name}: {value}, must be at least {least}")
+    if len(split) == 0:
+        raise DataError("split: has no examples, needs at least 1")
+
+
+class _Job(NamedTuple):
+    """One batch: which examples, and where in which epoch."""
+
+    epoch: int
+    position: int
+    indices: list[int]
+
+
+class _Schedule:
+    """The jobs of the epoch at hand. A DataLoader asks its sampler anew in every epoch."""
+
+    def __init__(self) -> None:
+        self.jobs: list[_Job] = []
+
+    def __iter__(self) -> Iterator[_Job]:
+        return iter(self.jobs)
+
+    def __len__(self) -> int:
+        return len(self.jobs)
+
+
+class _Fetcher(Dataset[Batch | str]):
+    """Batches by job, or the message of an error: raised in a worker, it would gain a traceback."""
+
+    def __init__(self, fetch: Callable[[_Job], Batch]) -> None:
+        self.fetch = fetch
+
+    def __getitem__(self, job: _Job) -> Batch | str:
+        try:
+            return self.fetch(job)
+        except DataError as error:
+            return str(error)
+
+
+class Loader:
+    """Batches of a split, epoch by epoch, from `train_loader` or `val_loader`.
+
+    A batch is (images, labels): float32 [B, 3, size, size], channels_last, normalized with ImageNet's mean
+    and standard deviation; int64 [B], or with mixup float32 [B, num_classes] whose rows sum to 1.
+    """
+
+    def __init__(
+        self,
+        fetch: Callable[[_Job], Batch],
+        count: int,
+        batch_size: int,
+        *,
+        seed: int | None = None,
+        num_workers: int,
+        device: torch.device,
+        mixup: float = 0.0,
+        num_classes: int | None = None,
+    ) -> None:
+        self._count = count
+        self._batch_size = batch_size
+        self._seed = seed
+        self._device = device
+        self._mixup = mixup
+        self._num_classes = num_classes
+        self._schedule = _Schedule()
+        self._batches = DataLoader(
+            _Fetcher(fetch),
+            sampler=self._schedule,
+            batch_size=None,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=num_workers > 0 and device.type == "cuda",
+            # Without one of its own a DataLoader draws from the caller's.
+            generator=torch.Generator(),
+        )
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        if self._seed is None:
+            return -(-self._count // self._batch_size)
+        return max(1, self._count // self._batch_size)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from number `start` on. One epoch at a time: a new one ends the one before.
+
+        Raises:
+            ValueError: start is not in 0..len(self).
+            DataError: an image that can't be read.
+        """
+        if not 0 <= start <= len(self):
+            raise ValueError(f"start: {start}, must be from 0 to {len(self)}")
+        self._schedule.jobs = self._jobs(epoch)[start:]
+        return self._iterate(self._schedule.jobs, iter(self._batches))
+
+    def _jobs(self, epoch: int) -> list[_Job]:
+        if self._seed is None:
+            order = torch.arange(self._count)
+        else:
+            order = torch.randperm(self._count, generator=_generator(self._seed, epoch, "order"))
+        starts = range(0, len(self) * self._batch_size, self._batch_size)
+        return [_Job(epoch, i, order[i : i + self._batch_size].tolist()) for i in starts]
+
+    def _iterate(self, jobs: list[_Job], batches: Iterator[Batch | str]) -> Iterator[Batch]:
+        for job, batch in zip(jobs, batches, strict=True):
+            if isinstance(batch, str):
+                raise DataError(batch)
+            images, labels = (tensor.to(self._device, non_blocking=True) for tensor in batch)
+            if self._mixup > 0:
+                images, labels = self._mix(images, labels, job)
+            yield images, labels
+
+    def _mix(self, images: Tensor, labels: Tensor, job: _Job) -> Batch:
+        assert self._seed is not None
+        assert self._num_classes is not None
+        rng = np.random.default_rng(derive_seed(self._seed, job.epoch, "mixup", job.position))
+        ratio = rng.beta(self._mixup, self._mixup)
+        targets = torch.nn.functional.one_hot(labels, self._num_classes).to(torch.float32)
+        # The batch is in random order, so that the neighbour is a random partner.
+        return images.lerp(images.roll(1, 0), ratio), targets.lerp(targets.roll(1, 0), ratio)
+
+
+def derive_seed(*key: int | str) -> int:
+    """A 63-bit seed that depends on every part of the key."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _generator(*key: int | str) -> torch.Generator:
+    return torch.Generator().manual_seed(derive_seed(*key))
+
+
+# reference
+
+
+class _ReferenceTraining:
+    def __init__(self, split: Split, size: int, seed: int) -> None:
+        self.split = split
+        self.seed = seed
+        self.transform = v2.Compose(
+            [
+                # AutoAugment's operations are defined by Pillow's.
+                v2.ToPILImage(),
+                v2.RandomResizedCrop(size, CROP_SCALE, CROP_RATIO, v2.InterpolationMode.BICUBIC),
+                v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10),
+                v2.RandomHorizontalFlip(),
+                v2.PILToTensor(),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize(MEAN, STD),
+                v2.RandomErasing(ERASE_PROBABILITY, ERASE_SCALE, ERASE_RATIO),
+            ]
+        )
+
+    def __call__(self, job: _Job) -> Batch:
+        images = []
+        labels = []
+        # The transforms draw from torch's global generator. torch.manual_seed would touch CUDA's as well.
+        with torch.random.fork_rng(devices=[]):
+            for position, index in enumerate(job.indices, job.position):
+                torch.default_generator.manual_seed(derive_seed(self.seed, job.epoch, "augment", position))
+                image, label = self.split[index]
+                images.append(self.transform(image))
+                labels.append(label)
+        return torch.stack(images).contiguous(memory_format=torch.channels_last), torch.tensor(labels)
+
+
+class _FileValidation:
+    def __init__(self, split: Split, size: int) -> None:
+        self.split = split
+        self.size = size
+
+    def __call__(self, job: _Job) -> Batch:
+        images, labels = zip(*(self.split[index] for index in job.indices), strict=True)
+        cropped = torch.stack([_center(image, self.size) for image in images])
+        return _normalize(cropped.permute(0, 2, 3, 1)), torch.tensor(labels)
+
+
+# fast
+
+
+class _TensorValidation:
+    def __init__(self, split: TensorSplit, size: int, device: torch.device) -> None:
+        self.images = split.images.to(device)
+        self.labels = split.labels.to(device)
+        self.size = size
+
+    def __call__(self, job: _Job) -> Batch:
+        chosen = slice(job.indices[0], job.indices[-1] + 1)
+        return _normalize(_center(self.images[chosen], self.size).permute(0, 2, 3, 1)), self.labels[chosen]
+
+
+class _FastTraining:
+    def __init__(self, split: TensorSplit, size: int, seed: int, device: torch.device) -> None:
+        self.images = split.images.to(device)
+        self.labels = split.labels.to(device)
+        self.size = size
+        self.seed = seed
+
+    def __call__(self, job: _Job) -> Batch:
+        generator = _generator(self.seed, job.epoch, "augment", job.position)
+        chosen = torch.tensor(job.indices, device=self.images.device)
+        images = self.images[chosen]
+        boxes = random_crops(generator, len(images), images.shape[2], images.shape[3])
+        flipped = torch.rand(len(images), generator=generator) < 0.5
+        holes = random_holes(generator, len(images), self.size)
+        pixels = crop_resize_flip(images, boxes, flipped, self.size)
+        return _erase(_normalize(pixels), holes), self.labels[chosen]
+
+
+def _center(images: Tensor, size: int) -> Tensor:
+    return F.center_crop(resize_square(images, source_side(size)), [size, size])
+
+
+def _normalize(pixels: Tensor) -> Tensor:
+    """Levels 0..255, [B, H, W, 3], to normalized float32 [B, 3, H, W], channels_last."""
+    count, height, width, _ = pixels.shape
+    # Rows rather than single pixels are the inner dimension, because three values are too few to vectorize.
+    scale = torch.tensor([1 / (255 * std) for std in STD], device=pixels.device).repeat(width)
+    shift = torch.tensor([-mean / std for mean, std in zip(MEAN, STD, strict=True)], device=pixels.device)
+    rows = pixels.reshape(count, height, width * 3).to(torch.float32)
+    return torch.addcmul(shift.repeat(width), rows, scale).view(count, height, width, 3).permute(0, 3, 1, 2)
+
+
+def _random_boxes(
+    generator: torch.Generator,
+    count: int,
+    height: int,
+    width: int,
+    *,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    smallest: int,
+    largest: tuple[int, int],
+    otherwise: tuple[int, int],
+) -> Tensor:
+    """Boxes at random places in an image: int64 [count, 4], of (top, left, height, width).
+
+    The area is uniform in `scale` of the image's, height / width is log-uniform in `ratio`. The first of ten
+    attempts that is no larger than `largest` counts, as in torchvision's transforms; if there is none the
+    box is `otherwise`. Sides that round to less than `smallest` pixels have that many.
+    """
+    # float64, because a float32 just below 1 times the number of places can round up to that number.
+    draws = torch.rand(2, 10, count, generator=generator, dtype=torch.float64)
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * draws[0])
+    aspect = ratio[0] * (ratio[1] / ratio[0]) ** draws[1]
+    exact_sides = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()])
+    sides = exact_sides.round().to(torch.int64).clamp_(min=smallest)
+    fits = (sides <= torch.tensor(largest)[:, None, None]).all(0)
+    attempt = fits.to(torch.uint8).argmax(0)
+    first = sides.gather(1, attempt.expand(2, 1, count))[:, 0]
+    box_sides = torch.where(fits.any(0), first, torch.tensor(otherwise)[:, None])
+    places = torch.tensor([[height], [width]]) - box_sides + 1
+    corners = (torch.rand(2, count, generator=generator, dtype=torch.float64) * places).to(torch.int64)
+    return torch.cat([corners, box_sides]).T
+
+
+def random_crops(generator: torch.Generator, count: int, height: int, width: int) -> Tensor:
+    """Boxes as RandomResizedCrop's: int64 [count, 4], of (top, left, height, width) in pixels, on the CPU."""
+    return _random_boxes(
+        generator,
+        count,
+        height,
+        width,
+        scale=CROP_SCALE,
+        # RandomResizedCrop's ratio is width / height; this range is its own inverse.
+        ratio=CROP_RATIO,
+        smallest=1,
+        largest=(height, width),
+        otherwise=(height, width),
+    )
+
+
+def random_holes(generator: torch.Generator, count: int, size: int) -> Tensor:
+    """Boxes as RandomErasing's: int64 [count, 4], of (top, left, height, width) in pixels, on the CPU.
+
+    Images that keep all their pixels have a box of height and width 0.
+    """
+    boxes = _random_boxes(
+        generator,
+        count,
+        size,
+        size,
+        scale=ERASE_SCALE,
+        ratio=ERASE_RATIO,
+        smallest=0,
+        largest=(size - 1, size - 1),
+        otherwise=(0, 0),
+    )
+    boxes[torch.rand(count, generator=generator) >= ERASE_PROBABILITY, 2:] = 0
+    return boxes
+
+
+def crop_resize_flip(images: Tensor, boxes: Tensor, flipped: Tensor, size: int) -> Tensor:
+    """Crop each image to its box, resize it as Pillow's bicubic filter does, mirror some.
+
+    All of it is two matrix products: rows of weights @ image @ columns of weights.
+
+    Args:
+        images: uint8 [B, 3, H, W].
+        boxes: int64 [B, 4], of (top, left, height, width), inside the images.
+        flipped: bool [B], the images to mirror left to right.
+        size: of the result, in pixels.
+
+    Returns:
+        float32 [B, size, size, 3], levels in 0..255, not rounded.
+    """
+    count, channels, height, width = images.shape
+    top, left, box_height, box_width = boxes.to(images.device).T
+    rows = resampling_matrix(top, box_height, height, size)
+    columns = resampling_matrix(left, box_width, width, size)
+    columns = torch.where(flipped.to(images.device)[:, None, None], columns.flip(1), columns)
+    narrow = torch.bmm(images.reshape(count, channels * height, width).to(torch.float32), columns.mT)
+    # The small intermediate is transposed, not the result, so that the result comes out channels last.
+    narrow = narrow.view(count, channels, height, size).permute(0, 2, 3, 1).contiguous()
+    # Pillow's intermediate image has levels 0..255 too.
+    narrow.clamp_(0, 255)
+    pixels = torch.bmm(rows, narrow.view(count, height, size * channels))
+    return pixels.clamp_(0, 255).view(count, size, size, channels)
+
+
+def resampling_matrix(start: Tensor, length: Tensor, source: int, size: int) -> Tensor:
+    """Weights of an antialiased bicubic (a = -0.5) resize of a line's crop to `size` pixels.
+
+    Args:
+        start, length: int64 [B], first pixel and number of pixels of each crop.
+        source: pixels of the line.
+        size: pixels of the result.
+
+    Returns:
+        float32 [B, size, source]. Rows sum to 1, pixels outside the crop weigh 0.
+    """
+    pixel = torch.arange(source, device=start.device)
+    position = torch.arange(size, device=start.device) + 0.5
+    scale = (length / size)[:, None, None]
+    # The filter widens when the line shrinks: that is the antialiasing.
+    center = start[:, None, None] + position[:, None] * scale
+    distance = ((pixel + 0.5 - center) / scale.clamp(min=1)).abs_()
+    near = (1.5 * distance - 2.5) * distance * distance + 1
+    far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
+    weights = torch.where(distance < 1, near, torch.where(distance < 2, far, 0))
+    inside = (pixel >= start[:, None]) & (pixel < (start + length)[:, None])
+    weights *= inside[:, None]
+    return weights / weights.sum(2, keepdim=True)
+
+
+def _erase(images: Tensor, holes: Tensor) -> Tensor:
+    """Set each image's box of (top, left, height, width) to 0, in place."""
+    pixel = torch.arange(images.shape[2], device=images.device)
+    top, left, height, width = holes.to(images.device)[:, :, None].unbind(1)
+    rows = (pixel >= top) & (pixel < top + height)
+    columns = (pixel >= left) & (pixel < left + width)
+    return images.masked_fill_((rows[:, :, None] & columns[:, None, :])[:, None], 0)

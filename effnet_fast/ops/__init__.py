@@ -1,0 +1,27 @@
+"""Fused operations with autograd, each beside its plain PyTorch twin of the same signature (`<op>_eager`)."""
+
+from effnet_fast.ops.bn_act import bn_act, bn_act_eager
+from effnet_fast.ops.mbconv import mbconv, mbconv_eager
+from effnet_fast.ops.mbconv_section import (
+    dwconv_bn_silu,
+    dwconv_bn_silu_eager,
+    mbconv_section,
+    mbconv_section_eager,
+)
+from effnet_fast.ops.normalization import BatchNorm
+from effnet_fast.ops.squeeze_excite import SqueezeExcite, squeeze_excite, squeeze_excite_eager
+
+__all__ = [
+    "BatchNorm",
+    "SqueezeExcite",
+    "bn_act",
+    "bn_act_eager",
+    "dwconv_bn_silu",
+    "dwconv_bn_silu_eager",
+    "mbconv",
+    "mbconv_eager",
+    "mbconv_section",
+    "mbconv_section_eager",
+    "squeeze_excite",
+    "squeeze_excite_eager",
+]

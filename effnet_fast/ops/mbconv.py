@@ -1,0 +1,291 @@
+"""The whole MBConv block as one op: expand, section, project, BatchNorm, drop path and residual."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effnet_fast.ops import section as sections
+from effnet_fast.ops.activations import channels_last, pointwise, pointwise_grad, refuse_double_backward, under_autocast
+from effnet_fast.ops.bn_act import branch_gate
+from effnet_fast.ops.normalization import BatchNorm, Norm, batch_norm_grad, batch_stats, values_per_channel
+from effnet_fast.ops.squeeze_excite import SqueezeExcite, gated
+from effnet_fast.passes.backend import passes_for, resolve
+from effnet_fast.passes.reference import dwconv
+from effnet_fast.passes.schema import dwconv_output
+
+
+def mbconv(
+    x: Tensor,
+    w_expand: Tensor | None,
+    bn1: BatchNorm | None,
+    w_depthwise: Tensor,
+    bn2: BatchNorm,
+    se: SqueezeExcite,
+    w_project: Tensor,
+    bn3: BatchNorm,
+    *,
+    stride: int = 1,
+    same: bool = False,
+    residual: bool = False,
+    branch_scale: Tensor | None = None,
+) -> Tensor:
+    """An MBConv block (EfficientNet, Tan & Le 2019, table 1): [N, C_in, H, W] to [N, C_out, H', W'], channels_last.
+
+    w_expand [E, C_in, 1, 1] and bn1: None for a block without expansion (E = C_in).
+    w_depthwise [E, 1, k, k]; w_project [C_out, E, 1, 1].
+    same: TensorFlow's SAME padding, else k // 2 on every side.
+    residual: add x. branch_scale [N]: factor of the branch before the addition (drop path).
+
+    In training, kept for backward are x, the two convolutions' outputs e and y, and the projection's output;
+    BatchNorm's running statistics are updated. Not twice differentiable. Gradients in eval mode, and calls that no
+    native backend can run, take `mbconv_eager`.
+    Raises ValueError that names the argument, or RuntimeError if a backend was insisted on and can't run the call.
+    """
+    x = channels_last(under_autocast(x))
+    _check(x, w_expand, bn1, w_depthwise, se, w_project, residual, stride)
+    norms = [bn2, bn3] if bn1 is None else [bn1, bn2, bn3]
+    training = bn2.training
+    plain = resolve(x, w_depthwise.shape[-1], stride) == "eager" or any(bn.training != training for bn in norms)
+    operands = (x, w_expand, bn1, w_depthwise, bn2, se, w_project, bn3)
+    needs_grad = torch.is_grad_enabled() and any(
+        t.requires_grad for t in (x, w_depthwise, w_project, *se, *(p for bn in norms for p in (bn.weight, bn.bias)))
+    )
+    if plain or (needs_grad and not training):
+        return mbconv_eager(*operands, stride=stride, same=same, residual=residual, branch_scale=branch_scale)
+    if not training:
+        return _inference(*operands, stride, same, residual, branch_scale)
+    out, e, y, p, stats1, stats2, stats3, _ = _mbconv(
+        x,
+        w_expand,
+        bn1.weight if bn1 else None,
+        bn1.bias if bn1 else None,
+        bn1.eps if bn1 else 0.0,
+        w_depthwise,
+        bn2.weight,
+        bn2.bias,
+        bn2.eps,
+        *se,
+        w_project,
+        bn3.weight,
+        bn3.bias,
+        bn3.eps,
+        branch_scale,
+        stride,
+        same,
+        residual,
+    )
+    if bn1:
+        bn1.update(stats1, values_per_channel(e))
+    bn2.update(stats2, values_per_channel(y))
+    bn3.update(stats3, values_per_channel(p))
+    return out
+
+
+def mbconv_eager(
+    x: Tensor,
+    w_expand: Tensor | None,
+    bn1: BatchNorm | None,
+    w_depthwise: Tensor,
+    bn2: BatchNorm,
+    se: SqueezeExcite,
+    w_project: Tensor,
+    bn3: BatchNorm,
+    *,
+    stride: int = 1,
+    same: bool = False,
+    residual: bool = False,
+    branch_scale: Tensor | None = None,
+) -> Tensor:
+    """`mbconv` in plain PyTorch: its fallback, oracle and baseline."""
+    silu, conv = torch.nn.functional.silu, torch.nn.functional.conv2d
+    e = x if w_expand is None or bn1 is None else silu(bn1.eager(conv(x, w_expand)))
+    z = silu(bn2.eager(dwconv(e, w_depthwise, stride, same)))
+    branch = bn3.eager(conv(se.eager(z), w_project))
+    if branch_scale is not None:
+        branch = branch * branch_scale.to(branch.dtype)[:, None, None, None]
+    return x + branch if residual else branch
+
+
+def _inference(
+    x: Tensor,
+    w_expand: Tensor | None,
+    bn1: BatchNorm | None,
+    w_depthwise: Tensor,
+    bn2: BatchNorm,
+    se: SqueezeExcite,
+    w_project: Tensor,
+    bn3: BatchNorm,
+    stride: int,
+    same: bool,
+    residual: bool,
+    branch_scale: Tensor | None,
+) -> Tensor:
+    passes = passes_for(x, w_depthwise.shape[-1], stride)
+    e, in_scale, in_shift = x, None, None
+    if w_expand is not None and bn1 is not None:
+        e = pointwise(x, w_expand)
+        in_scale, in_shift, _, _ = bn1.running()
+    scale, shift, _, _ = bn2.running()
+    z, pooled = passes.dwconv_affine(e, w_depthwise, in_scale, in_shift, scale, shift, stride, same)
+    p = pointwise(gated(passes, z, se.gate(pooled / (z.shape[2] * z.shape[3]))), w_project)
+    scale, shift, _, _ = bn3.running()
+    return passes.apply(p, scale, shift, False, branch_gate(branch_scale, p), x if residual else None)
+
+
+@torch.library.custom_op("effnet_fast::mbconv", mutates_args=())
+def _mbconv(
+    x: Tensor,
+    w_expand: Tensor | None,
+    bn1_weight: Tensor | None,
+    bn1_bias: Tensor | None,
+    bn1_eps: float,
+    w_depthwise: Tensor,
+    bn2_weight: Tensor,
+    bn2_bias: Tensor,
+    bn2_eps: float,
+    w_se_reduce: Tensor,
+    b_se_reduce: Tensor,
+    w_se_expand: Tensor,
+    b_se_expand: Tensor,
+    w_project: Tensor,
+    bn3_weight: Tensor,
+    bn3_bias: Tensor,
+    bn3_eps: float,
+    branch_scale: Tensor | None,
+    stride: int,
+    same: bool,
+    residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """out, e (empty without expansion), y, p, stats1, stats2, stats3, squeeze: see `section.Kept`."""
+    passes = passes_for(x, w_depthwise.shape[-1], stride)
+    e, bn1 = x, None
+    if w_expand is not None and bn1_weight is not None and bn1_bias is not None:
+        e, bn1 = pointwise(x, w_expand), (bn1_weight, bn1_bias, bn1_eps)
+    se = SqueezeExcite(w_se_reduce, b_se_reduce, w_se_expand, b_se_expand)
+    kept = sections.forward(passes, e, bn1, w_depthwise, (bn2_weight, bn2_bias, bn2_eps), se, stride, same)
+    p = pointwise(sections.output(passes, kept), w_project)
+    stats3 = batch_stats(passes.channel_stats(p), bn3_weight, bn3_bias, bn3_eps, values_per_channel(p))
+    gate = branch_gate(branch_scale, p)
+    out = passes.apply(p, stats3[0], stats3[1], False, gate, x if residual else None)
+    return out, x.new_empty(0) if w_expand is None else e, kept.y, p, kept.stats1, kept.stats2, stats3, kept.squeeze
+
+
+@_mbconv.register_fake
+def _(
+    x, w_expand, bn1_weight, bn1_bias, bn1_eps, w_depthwise, bn2_weight, bn2_bias, bn2_eps, w_se_reduce, b_se_reduce,
+    w_se_expand, b_se_expand, w_project, bn3_weight, bn3_bias, bn3_eps, branch_scale, stride, same, residual,
+):  # fmt: skip
+    e = x if w_expand is None else _fake_pointwise(x, w_expand)
+    y = dwconv_output(e, w_depthwise, stride, same)
+    p = _fake_pointwise(y, w_project)
+    stats1, stats2, squeeze = sections.fake_stats(e, w_expand is not None, True)
+    stats3 = stats2.new_empty(5, p.shape[1])
+    return torch.empty_like(p), x.new_empty(0) if w_expand is None else e, y, p, stats1, stats2, stats3, squeeze
+
+
+def _fake_pointwise(x: Tensor, weight: Tensor) -> Tensor:
+    n, _, h, w = x.shape
+    return x.new_empty(n, h, w, weight.shape[0]).permute(0, 3, 1, 2)
+
+
+@torch.library.custom_op("effnet_fast::mbconv_backward", mutates_args=())
+def _mbconv_backward(
+    dout: Tensor,
+    x: Tensor,
+    e: Tensor,
+    y: Tensor,
+    p: Tensor,
+    stats1: Tensor,
+    stats2: Tensor,
+    stats3: Tensor,
+    squeeze: Tensor,
+    w_expand: Tensor | None,
+    w_depthwise: Tensor,
+    w_se_reduce: Tensor,
+    b_se_reduce: Tensor,
+    w_se_expand: Tensor,
+    b_se_expand: Tensor,
+    w_project: Tensor,
+    branch_scale: Tensor | None,
+    stride: int,
+    same: bool,
+    residual: bool,
+) -> list[Tensor]:
+    """Gradients of x, bn3 [2, C] (weight, bias), bn2, w_project, w_depthwise, se, and with expansion w_expand, bn1."""
+    passes = passes_for(x, w_depthwise.shape[-1], stride)
+    dout = channels_last(dout)
+    kept = sections.Kept(y, stats1, stats2, squeeze)
+    norm3 = Norm.of(stats3)
+    gate = branch_gate(branch_scale, p)
+    sums = passes.backward_sums(dout, p, *norm3, False)
+    dbn3 = batch_norm_grad(norm3, (sums if gate is None else sums * gate).sum(1), values_per_channel(p))
+    dp = passes.backward_apply(dout, p, *norm3[:3], False, gate, None, dbn3.a, dbn3.b)
+    do, dw_project = pointwise_grad(dp, sections.output(passes, kept), w_project)
+    se = SqueezeExcite(w_se_reduce, b_se_reduce, w_se_expand, b_se_expand)
+    source = x if w_expand is None else e
+    grad = sections.backward(passes, do, source, kept, w_depthwise, se, stride, same)
+    de = sections.input_grad(passes, grad, source, kept)
+    shared = [dbn3.affine, grad.bn2.affine, dw_project, grad.weight, *grad.se]
+    if w_expand is None:
+        return [de + dout if residual else de, *shared]
+    dx, dw_expand = pointwise_grad(de, x, w_expand, add=dout if residual else None)
+    return [dx, *shared, dw_expand, grad.bn1.affine]
+
+
+@_mbconv_backward.register_fake
+def _(
+    dout, x, e, y, p, stats1, stats2, stats3, squeeze, w_expand, w_depthwise, w_se_reduce, b_se_reduce, w_se_expand,
+    b_se_expand, w_project, branch_scale, stride, same, residual,
+):  # fmt: skip
+    weights = [w_project, w_depthwise, w_se_reduce, b_se_reduce, w_se_expand, b_se_expand]
+    like = [x, stats3[:2], stats2[:2], *weights]
+    like += [] if w_expand is None else [w_expand, stats1[:2]]
+    return [torch.empty_like(t) for t in like]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    (
+        x, w_expand, _, _, _, w_depthwise, _, _, _, *se, w_project, _, _, _, branch_scale, stride, same, residual,
+    ) = inputs  # fmt: skip
+    ctx.save_for_backward(x, *output[1:], w_expand, w_depthwise, *se, w_project, branch_scale)
+    ctx.options = stride, same, residual
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx: Any, dout: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    grads = _mbconv_backward(dout, *ctx.saved_tensors, *ctx.options)
+    dx, dbn3, dbn2, dw_project, dw_depthwise, *dse = grads[:9]
+    dw_expand, dbn1 = grads[9:] or (None, (None, None))
+    return (
+        dx, dw_expand, *dbn1, None, dw_depthwise, *dbn2, None, *dse, dw_project, *dbn3, None, None, None, None, None,
+    )  # fmt: skip
+
+
+_mbconv.register_autograd(_backward, setup_context=_setup_context)
+refuse_double_backward(_mbconv_backward, "mbconv")
+
+
+def _check(
+    x: Tensor,
+    w_expand: Tensor | None,
+    bn1: BatchNorm | None,
+    w_depthwise: Tensor,
+    se: SqueezeExcite,
+    w_project: Tensor,
+    residual: bool,
+    stride: int,
+) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"x: got {x.dim()} dimensions, must be 4 (N, C, H, W)")
+    expanded = w_depthwise.shape[0]
+    if (w_expand is None) != (bn1 is None):
+        raise ValueError("bn1: must be given with w_expand, and only with it")
+    expected = (expanded if w_expand is None else w_expand.shape[1], "w_depthwise" if w_expand is None else "w_expand")
+    if x.shape[1] != expected[0]:
+        raise ValueError(f"x: got {x.shape[1]} channels, {expected[1]} takes {expected[0]}")
+    for name, weight, channels in (("w_project", w_project, expanded), ("se.w_reduce", se.w_reduce, expanded)):
+        if weight.shape[1] != channels:
+            raise ValueError(f"{name}: takes {weight.shape[1]} channels, w_depthwise gives {channels}")
+    if residual and (stride != 1 or w_project.shape[0] != x.shape[1]):
+        raise ValueError(f"residual: needs stride 1 and {x.shape[1]} output channels")

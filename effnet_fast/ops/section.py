@@ -1,0 +1,124 @@
+"""The fused middle of an MBConv block: BatchNorm + SiLU, depthwise convolution, BatchNorm + SiLU, squeeze-excite.
+
+The passes and the algebra between them, written once for the ops `mbconv_section`, `dwconv_bn_silu` and `mbconv`. Of
+the activations, only the two convolutions' outputs, e and y, are needed again in the backward pass.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from effnet_fast.ops.normalization import Norm, NormGrad, batch_norm_grad, batch_stats, values_per_channel
+from effnet_fast.ops.squeeze_excite import SqueezeExcite
+
+
+class Kept(NamedTuple):
+    """What the forward pass leaves for the backward, besides e.
+
+    y [N, C, H', W']; stats1, stats2 [5, C] from `batch_stats`; squeeze [2, N, C]: the means and the gate. stats1 is
+    empty where e is activated already, squeeze where there is no gate.
+    """
+
+    y: Tensor
+    stats1: Tensor
+    stats2: Tensor
+    squeeze: Tensor
+
+    @property
+    def norm1(self) -> Norm | None:
+        return Norm.of(self.stats1) if self.stats1.numel() else None
+
+    @property
+    def gate(self) -> Tensor | None:
+        return self.squeeze[1] if self.squeeze.numel() else None
+
+
+class SectionGrad(NamedTuple):
+    """Gradients of a section. g is that of e up to the terms of bn1's own backward, which `input_grad` adds."""
+
+    g: Tensor
+    bn1: NormGrad | None
+    weight: Tensor
+    bn2: NormGrad
+    se: SqueezeExcite | None
+
+
+def forward(
+    passes: Any,
+    e: Tensor,
+    bn1: tuple[Tensor, Tensor, float] | None,
+    weight: Tensor,
+    bn2: tuple[Tensor, Tensor, float],
+    se: SqueezeExcite | None,
+    stride: int,
+    same: bool,
+) -> Kept:
+    """All of the section but its last pass, `output`. bn1, bn2: weight, bias, eps."""
+    scale = shift = None
+    stats1, squeeze = e.new_empty(0, dtype=torch.float32), e.new_empty(0, dtype=torch.float32)
+    if bn1 is not None:
+        stats1 = batch_stats(passes.channel_stats(e), *bn1, values_per_channel(e))
+        scale, shift = stats1[:2].unbind()
+    y, mean, m2 = passes.dwconv_stats(e, weight, scale, shift, stride, same)
+    stats2 = batch_stats((mean, m2), *bn2, values_per_channel(y))
+    if se is not None:
+        pooled = passes.pool(y, stats2[0], stats2[1], True) / (y.shape[2] * y.shape[3])
+        squeeze = torch.stack([pooled, se.gate(pooled)])
+    return Kept(y, stats1, stats2, squeeze)
+
+
+def output(passes: Any, kept: Kept) -> Tensor:
+    """The section's output o = SiLU(bn2(y)) * gate."""
+    return passes.apply(kept.y, kept.stats2[0], kept.stats2[1], True, kept.gate, None)
+
+
+def backward(
+    passes: Any, do: Tensor, e: Tensor, kept: Kept, weight: Tensor, se: SqueezeExcite | None, stride: int, same: bool
+) -> SectionGrad:
+    """Gradients of everything, from five sums over (do, y) and one sweep over (do, y, e)."""
+    y, norm1, norm2, gate = kept.y, kept.norm1, Norm.of(kept.stats2), kept.gate
+    sums = passes.backward_sums(do, y, *norm2, True)
+    do_d, d = sums[1::2], sums[2::2]  # sums with do, and the same without it: of the slope, of slope * hat
+    dse = pooled_grad = None
+    if se is None:
+        sums2 = do_d.sum(1)
+    else:
+        dpooled, dse = se.gate_grad(kept.squeeze[0], sums[0])
+        pooled_grad = dpooled / (y.shape[2] * y.shape[3])
+        sums2 = (gate * do_d + pooled_grad * d).sum(1)
+    dbn2 = batch_norm_grad(norm2, sums2, values_per_channel(y))
+    g, dweight, sums1 = passes.backward_dwconv(
+        do,
+        y,
+        e,
+        weight,
+        norm2.scale,
+        norm2.shift,
+        norm2.mean,
+        gate,
+        pooled_grad,
+        dbn2.a,
+        dbn2.b,
+        *(norm1 or (None, None, None, None)),
+        stride,
+        same,
+    )
+    dbn1 = None if norm1 is None else batch_norm_grad(norm1, sums1, values_per_channel(e))
+    return SectionGrad(g, dbn1, dweight.to(weight.dtype), dbn2, dse)
+
+
+def input_grad(passes: Any, grad: SectionGrad, e: Tensor, kept: Kept) -> Tensor:
+    """The gradient of e."""
+    if grad.bn1 is None:
+        return grad.g
+    scale, shift, mean, _, _ = kept.stats1.unbind()
+    return passes.backward_apply(grad.g, e, scale, shift, mean, False, None, None, grad.bn1.a, grad.bn1.b)
+
+
+def fake_stats(e: Tensor, has_bn1: bool, has_se: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """stats1, stats2 and squeeze of `Kept`, uninitialised."""
+    dtype = torch.float64 if e.dtype == torch.float64 else torch.float32
+    n, c = e.shape[:2]
+    stats1 = e.new_empty((5, c) if has_bn1 else 0, dtype=dtype)
+    return stats1, e.new_empty(5, c, dtype=dtype), e.new_empty((2, n, c) if has_se else 0, dtype=dtype)

@@ -1,0 +1,109 @@
+"""The passes over an activation: one schema and one fake each. A backend implements the same schemas.
+
+Shapes: x [N, C, H, W], y and grad [N, C, H', W'], all channels_last in one storage dtype (fp32, bf16 or fp16); every
+other operand is float32, [C] unless stated. All accumulation is in float32, in a fixed order. u = y * scale + shift is
+a BatchNorm's output, hat = (y - mean) * rstd its normalized input, d the derivative of SiLU at u.
+
+channel_stats    per channel: mean, and sum of squared deviations (m2)
+dwconv_stats     y = depthwise convolution of x, or of SiLU(x * scale + shift); mean and m2 of y
+pool             [N, C] sums over H, W of SiLU(u), or of u
+apply            SiLU(u) or u, times gate [N, C], plus residual [N, C, H, W]
+backward_sums    [5, N, C] sums over H, W for SiLU: grad * SiLU(u), grad * d, d, grad * d * hat, d * hat;
+                 [2, N, C] without it: grad, grad * hat
+backward_apply   du * scale + (y - mean) * b + a, where du = (grad * gate + pooled_grad) * d, or without the d
+backward_dwconv  g, the gradient of the convolution's input (times d of the input's BatchNorm + SiLU, if given), the
+                 weight's gradient [C, 1, k, k], and [2, C] sums of g and g * hat. The gradient of the convolution's
+                 output is `backward_apply` with SiLU, formed on load, or `grad` itself where scale is None.
+dwconv_affine    inference: SiLU(dwconv * scale + shift), and its [N, C] sums over H, W; the input as in dwconv_stats
+
+Convolutions have a stride of 1 or 2 and a square kernel of 3, 5 or 7, padded by k // 2 on every side, or as
+TensorFlow's SAME pads if `same`: ceil(size / stride) outputs, the odd pixel at the end.
+"""
+
+import torch
+from torch import Tensor
+
+_LIBRARY = torch.library.Library("effnet_fast", "DEF")
+
+_SCHEMAS = (
+    "channel_stats(Tensor x) -> (Tensor mean, Tensor m2)",
+    "dwconv_stats(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, int stride, bool same)"
+    " -> (Tensor y, Tensor mean, Tensor m2)",
+    "pool(Tensor y, Tensor scale, Tensor shift, bool silu) -> Tensor",
+    "apply(Tensor y, Tensor scale, Tensor shift, bool silu, Tensor? gate, Tensor? residual) -> Tensor",
+    "backward_sums(Tensor grad, Tensor y, Tensor scale, Tensor shift, Tensor mean, Tensor rstd, bool silu) -> Tensor",
+    "backward_dwconv(Tensor grad, Tensor? y, Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? mean,"
+    " Tensor? gate, Tensor? pooled_grad, Tensor? a, Tensor? b, Tensor? in_scale, Tensor? in_shift, Tensor? in_mean,"
+    " Tensor? in_rstd, int stride, bool same) -> (Tensor g, Tensor dweight, Tensor sums)",
+    "backward_apply(Tensor grad, Tensor y, Tensor scale, Tensor shift, Tensor mean, bool silu, Tensor? gate,"
+    " Tensor? pooled_grad, Tensor a, Tensor b) -> Tensor",
+    "dwconv_affine(Tensor x, Tensor weight, Tensor? in_scale, Tensor? in_shift, Tensor scale, Tensor shift, int stride,"
+    " bool same) -> (Tensor z, Tensor pooled)",
+)
+
+PASSES = tuple(schema.split("(")[0] for schema in _SCHEMAS)
+
+for _schema in _SCHEMAS:
+    _LIBRARY.define(_schema)
+
+
+def output_size(size: int, kernel: int, stride: int, same: bool) -> int:
+    """Outputs of a convolution along one dimension."""
+    return -(-size // stride) if same else (size + 2 * (kernel // 2) - kernel) // stride + 1
+
+
+def empty_like_nhwc(x: Tensor) -> Tensor:
+    """An uninitialised tensor of x's shape, dtype and device, in channels_last format."""
+    return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+def dwconv_output(x: Tensor, weight: Tensor, stride: int, same: bool) -> Tensor:
+    """An uninitialised output of a depthwise convolution of x."""
+    n, c, h, w = x.shape
+    kernel = weight.shape[-1]
+    shape = (n, c, output_size(h, kernel, stride, same), output_size(w, kernel, stride, same))
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _floats(x: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=x.device)
+
+
+@torch.library.register_fake("effnet_fast::channel_stats", lib=_LIBRARY)
+def _(x):
+    return _floats(x, x.shape[1]), _floats(x, x.shape[1])
+
+
+@torch.library.register_fake("effnet_fast::dwconv_stats", lib=_LIBRARY)
+def _(x, weight, scale, shift, stride, same):
+    return dwconv_output(x, weight, stride, same), _floats(x, x.shape[1]), _floats(x, x.shape[1])
+
+
+@torch.library.register_fake("effnet_fast::pool", lib=_LIBRARY)
+def _(y, scale, shift, silu):
+    return _floats(y, *y.shape[:2])
+
+
+@torch.library.register_fake("effnet_fast::apply", lib=_LIBRARY)
+def _(y, scale, shift, silu, gate, residual):
+    return empty_like_nhwc(y)
+
+
+@torch.library.register_fake("effnet_fast::backward_sums", lib=_LIBRARY)
+def _(grad, y, scale, shift, mean, rstd, silu):
+    return _floats(y, 5 if silu else 2, *y.shape[:2])
+
+
+@torch.library.register_fake("effnet_fast::backward_dwconv", lib=_LIBRARY)
+def _(grad, y, x, weight, *operands):
+    return empty_like_nhwc(x), _floats(x, *weight.shape), _floats(x, 2, x.shape[1])
+
+
+@torch.library.register_fake("effnet_fast::backward_apply", lib=_LIBRARY)
+def _(grad, y, scale, shift, mean, silu, gate, pooled_grad, a, b):
+    return empty_like_nhwc(y)
+
+
+@torch.library.register_fake("effnet_fast::dwconv_affine", lib=_LIBRARY)
+def _(x, weight, in_scale, in_shift, scale, shift, stride, same):
+    return dwconv_output(x, weight, stride, same), _floats(x, *x.shape[:2])

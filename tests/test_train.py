@@ -1,0 +1,140 @@
+"""The training and evaluation commands as a user runs them: in processes of their own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SMALL = ["--dataset", "digits", "--resolution", "32", "--augment", "fast", "--batch-size", "16"]
+SMALL += ["--limit-train", "48", "--limit-val", "40"]
+
+
+def run(command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", f"effnet_fast.{command}", *arguments], capture_output=True, text=True, timeout=300
+    )
+
+
+def train(output: Path, *arguments: str) -> list[dict[str, float]]:
+    done = run("train", *SMALL, "--output", str(output), *arguments)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def two_epochs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "two_epochs"
+    train(output, "--variant", "baseline", "--epochs", "2")
+    return output
+
+
+def test_writes_every_file_of_a_run(two_epochs: Path) -> None:
+    metrics = [json.loads(line) for line in (two_epochs / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in metrics] == [0, 1]
+    assert set(metrics[0]) == {
+        "epoch", "lr", "train_loss", "val_loss", "val_top1", "val_top5", "ema_top1", "images_per_second", "seconds",
+        "peak_memory_bytes",
+    }  # fmt: skip
+    assert [row["lr"] for row in metrics] == pytest.approx([0.0016, 0.0032])  # 0.256 * 16 / 256, tenths of warm-up
+    assert all(0 <= row["val_top1"] <= row["val_top5"] <= 100 for row in metrics)
+    config = json.loads((two_epochs / "config.json").read_text())
+    assert (config["variant"], config["input_size"], config["seed"]) == ("baseline", 32, 0)
+    for name in ("checkpoint.pt", "best.pt", "curves.png"):
+        assert (two_epochs / name).stat().st_size > 0
+    assert list((two_epochs / "tensorboard").glob("events.out.*"))
+    assert not list(two_epochs.glob(".*"))  # no temporary files left
+
+
+def test_the_moving_average_is_updated(two_epochs: Path) -> None:
+    state = torch.load(two_epochs / "checkpoint.pt", weights_only=True)
+    weight, average = (state[key]["stem.conv.weight"] for key in ("model", "ema"))
+    assert not torch.equal(weight, average)
+    torch.manual_seed(0)
+    from effnet_fast import create_model
+
+    assert not torch.equal(average, create_model("baseline").stem.conv.weight)
+
+
+def test_same_seed_same_bits(two_epochs: Path, tmp_path: Path) -> None:
+    train(tmp_path / "again", "--variant", "baseline", "--epochs", "2")
+    train(tmp_path / "other", "--variant", "baseline", "--epochs", "2", "--seed", "1")
+    first, again, other = (
+        torch.load(path / "checkpoint.pt", weights_only=True)
+        for path in (two_epochs, tmp_path / "again", tmp_path / "other")
+    )
+    for key in ("model", "ema"):
+        assert all(torch.equal(first[key][name], again[key][name]) for name in first[key])
+    assert not torch.equal(first["model"]["head.conv.weight"], other["model"]["head.conv.weight"])
+    timing = ("seconds", "images_per_second", "peak_memory_bytes")
+    rows = [
+        [
+            {key: value for key, value in json.loads(line).items() if key not in timing}
+            for line in (path / "metrics.jsonl").read_text().splitlines()
+        ]
+        for path in (two_epochs, tmp_path / "again")
+    ]
+    assert rows[0] == rows[1]
+
+
+def test_evaluate_repeats_the_metrics_of_the_run(two_epochs: Path) -> None:
+    done = run("evaluate", str(two_epochs), "--checkpoint", "latest")
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((two_epochs / "metrics.jsonl").read_text().splitlines()[-1])
+    lines = [line.split() for line in done.stdout.splitlines()]
+    top1 = next(line for line in lines if line[:2] == ["top-1", "%"])
+    assert [float(value) for value in top1[-2:]] == pytest.approx([metrics["val_top1"], metrics["ema_top1"]], abs=1e-4)
+    classes = [line for line in lines if line[0] in list("0123456789")]
+    assert sum(int(line[1]) for line in classes) == 40
+
+
+def test_first_line_says_what_is_trained(tmp_path: Path) -> None:
+    done = run(
+        "train", *SMALL, "--variant", "compound", "--epochs", "1", "--limit-train", "16", "--output", str(tmp_path)
+    )
+    first = done.stdout.splitlines()[0]
+    for fact in ("compound", "reference", "20,014,738 parameters", "M MACs at 40 px", "1 x 1 steps of 16", "cpu"):
+        assert fact in first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--variant", "b9"], "choose from 'baseline', 'depth'"),
+        (["--family", "vit"], "choose from 'reference', 'paper'"),
+        (["--dataset", "mnist"], "choose from 'cifar10', 'digits', 'folder'"),
+        (["--augment", "none"], "choose from 'reference', 'fast'"),
+        (["--amp", "fp8"], "choose from 'off', 'bf16', 'fp16'"),
+        (["--device", "tpu"], "got 'tpu', choose from cpu"),
+        (["--epochs", "0"], "got '0', must be an integer of at least 1"),
+        (["--batch-size", "many"], "got 'many', must be an integer of at least 1"),
+        (["--lr", "nan"], "got 'nan', must be a number of at least 0.0"),
+        (["--dataset", "folder"], "--data-dir"),
+        (["--dataset", "folder", "--data-dir", "/nowhere"], "/nowhere"),
+        (["--data-dir", "/nowhere"], "/nowhere"),
+        (["--no-such-option"], "--no-such-option"),
+    ],
+)
+def test_wrong_options_get_one_line(arguments: list[str], expected: str, tmp_path: Path) -> None:
+    done = run("train", *arguments, "--output", str(tmp_path / "run"))
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert expected in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_overwritten(two_epochs: Path) -> None:
+    before = (two_epochs / "checkpoint.pt").read_bytes()
+    done = run("train", *SMALL, "--epochs", "1", "--output", str(two_epochs))
+    assert done.returncode == 2
+    assert "already holds a run" in done.stderr
+    assert (two_epochs / "checkpoint.pt").read_bytes() == before
+
+
+def test_evaluate_of_something_else_gets_one_line(tmp_path: Path) -> None:
+    done = run("evaluate", str(tmp_path))
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "config.json" in done.stderr
