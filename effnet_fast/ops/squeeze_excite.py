@@ -115,6 +115,7 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, T
     x, *weights = inputs
     ctx.save_for_backward(x, output[1], *weights)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dout: Tensor, _: Tensor | None) -> tuple[Tensor, ...]:
