@@ -105,6 +105,11 @@ inline void dw_row(const float* const* rows, const float* weight, int64_t kernel
 // What is done to the input on load: nothing, or SiLU(x * scale + shift).
 struct InputAffine {
   const float *scale, *shift;  // null: nothing
+
+  InputAffine(const OptionalTensor& scale_, const OptionalTensor& shift_, int64_t channels)
+      : scale(check_floats(scale_, "scale", channels)), shift(check_floats(shift_, "shift", channels)) {
+    STD_TORCH_CHECK(!scale == !shift, scale ? "shift" : "scale", ": must be given with ", scale ? "scale" : "shift");
+  }
 };
 
 // Reads one row of an image into the ring.
@@ -202,7 +207,7 @@ std::tuple<Tensor, Tensor, Tensor> dwconv_stats(const Tensor& x, const Tensor& w
                                                 const OptionalTensor& shift, int64_t stride, bool same) {
   const Shape s = check_nhwc(x, "x");
   const Window win = make_window(s, weight, stride, same);
-  const InputAffine affine{check_floats(scale, "scale", s.c), check_floats(shift, "shift", s.c)};
+  const InputAffine affine(scale, shift, s.c);
   const DepthwiseTasks tasks(s, forward_bytes_per_vector(s, win));
   const std::vector<float> packed = pack_depthwise(weight, s, win.kernel * win.kernel);
   Tensor y = empty_nhwc({s.n, s.c, win.out_h, win.out_w}, x.scalar_type());
@@ -260,7 +265,7 @@ std::tuple<Tensor, Tensor> dwconv_affine(const Tensor& x, const Tensor& weight, 
                                          int64_t stride, bool same) {
   const Shape s = check_nhwc(x, "x");
   const Window win = make_window(s, weight, stride, same);
-  const InputAffine affine{check_floats(in_scale, "in_scale", s.c), check_floats(in_shift, "in_shift", s.c)};
+  const InputAffine affine(in_scale, in_shift, s.c);
   const float *sc = check_floats(scale, "scale", s.c), *sh = check_floats(shift, "shift", s.c);
   const DepthwiseTasks tasks(s, forward_bytes_per_vector(s, win));
   const std::vector<float> packed = pack_depthwise(weight, s, win.kernel * win.kernel);

@@ -30,6 +30,7 @@ inline Shape check_nhwc(const Tensor& t, const char* name) {
   check_on_cpu(t, name);
   STD_TORCH_CHECK(t.dim() == 4, name, ": got ", t.dim(), " dimensions, must be 4 (N, C, H, W)");
   const Shape s{t.size(0), t.size(1), t.size(2), t.size(3)};
+  STD_TORCH_CHECK(s.h > 0 && s.w > 0, name, ": must have pixels");
   STD_TORCH_CHECK(s.c % 8 == 0, name, ": got ", s.c, " channels, must be a multiple of 8");
   // strides of dimensions of size 1 carry no meaning, and those of an empty tensor none at all
   const int64_t strides[4] = {s.h * s.w * s.c, 1, s.w * s.c, s.c};
@@ -44,15 +45,15 @@ inline void check_like(const Tensor& t, const char* name, const Tensor& other, c
   STD_TORCH_CHECK(t.scalar_type() == other.scalar_type(), name, ": must have the dtype of ", other_name);
 }
 
-// Small fp32 operands: [C], or [N, C] with rows > 0.
-inline const float* check_floats(const Tensor& t, const char* name, int64_t channels, int64_t rows = 0) {
+// Small fp32 operands: [C], or [N, C] with rows = N.
+inline const float* check_floats(const Tensor& t, const char* name, int64_t channels, int64_t rows = 1) {
   check_on_cpu(t, name);
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, name, ": must be float32");
-  STD_TORCH_CHECK(t.is_contiguous() && t.numel() == channels * std::max<int64_t>(rows, 1) &&
+  STD_TORCH_CHECK(t.is_contiguous() && t.numel() == channels * rows &&
                       t.size(t.dim() - 1) == channels, name, ": must be contiguous with ", channels, " channels");
   return (const float*)t.const_data_ptr();
 }
-inline const float* check_floats(const OptionalTensor& t, const char* name, int64_t channels, int64_t rows = 0) {
+inline const float* check_floats(const OptionalTensor& t, const char* name, int64_t channels, int64_t rows = 1) {
   return t.has_value() ? check_floats(*t, name, channels, rows) : nullptr;
 }
 

@@ -12,12 +12,17 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def under_autocast(x: Tensor) -> Tensor:
-    """x in autocast's dtype where autocast is on, as a convolution would take it; float64 stays, as there."""
+def as_activation(x: Tensor, name: str) -> Tensor:
+    """An op's input as a kernel takes it: channels_last, and in autocast's dtype where autocast is on (float64 stays).
+
+    Raises ValueError naming the argument unless it has four dimensions.
+    """
+    if x.dim() != 4:
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, must be [N, C, H, W]")
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(device))
-    return x
+        x = x.to(torch.get_autocast_dtype(device))
+    return channels_last(x)
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

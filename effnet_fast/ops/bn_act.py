@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from effnet_fast.ops.activations import channels_last, refuse_double_backward, under_autocast
+from effnet_fast.ops.activations import as_activation, channels_last, refuse_double_backward
 from effnet_fast.ops.normalization import BatchNorm, Norm, batch_norm_grad, batch_stats, values_per_channel
 from effnet_fast.passes.backend import passes_for, resolve
 
@@ -26,9 +26,8 @@ def bn_act(
     that no native backend can run, take `bn_act_eager`.
     Raises ValueError that names the argument, or RuntimeError if a backend was insisted on and can't run the call.
     """
-    y = channels_last(under_autocast(y))
-    if y.dim() != 4 or y.shape[1] != bn.weight.shape[0]:
-        raise ValueError(f"y: got shape {tuple(y.shape)}, must be [N, {bn.weight.shape[0]}, H, W]")
+    y = as_activation(y, "y")
+    bn.check(y.shape[1], "bn")
     if residual is not None:
         if residual.shape != y.shape:
             raise ValueError(f"residual: got shape {tuple(residual.shape)}, must be y's, {tuple(y.shape)}")
@@ -116,6 +115,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, dout: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return (None,) * 7
     y, stats, branch_scale = ctx.saved_tensors
     dy, affine = _bn_act_backward(dout, y, stats, ctx.silu, branch_scale)
     return dy, *affine, None, None, dout if ctx.has_residual else None, None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from effnet_fast.ops import section as sections
-from effnet_fast.ops.activations import channels_last, pointwise, pointwise_grad, refuse_double_backward, under_autocast
+from effnet_fast.ops.activations import as_activation, channels_last, pointwise, pointwise_grad, refuse_double_backward
 from effnet_fast.ops.bn_act import branch_gate
 from effnet_fast.ops.normalization import BatchNorm, Norm, batch_norm_grad, batch_stats, values_per_channel
 from effnet_fast.ops.squeeze_excite import SqueezeExcite, gated
@@ -42,8 +42,8 @@ def mbconv(
     native backend can run, take `mbconv_eager`.
     Raises ValueError that names the argument, or RuntimeError if a backend was insisted on and can't run the call.
     """
-    x = channels_last(under_autocast(x))
-    _check(x, w_expand, bn1, w_depthwise, se, w_project, residual, stride)
+    x = as_activation(x, "x")
+    _check(x, w_expand, bn1, w_depthwise, bn2, se, w_project, bn3, residual, stride)
     norms = [bn2, bn3] if bn1 is None else [bn1, bn2, bn3]
     training = bn2.training
     plain = resolve(x, w_depthwise.shape[-1], stride) == "eager" or any(bn.training != training for bn in norms)
@@ -255,6 +255,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, dout: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return (None,) * 21
     grads = _mbconv_backward(dout, *ctx.saved_tensors, *ctx.options)
     dx, dbn3, dbn2, dw_project, dw_depthwise, *dse = grads[:9]
     dw_expand, dbn1 = grads[9:] or (None, (None, None))
@@ -272,13 +274,13 @@ def _check(
     w_expand: Tensor | None,
     bn1: BatchNorm | None,
     w_depthwise: Tensor,
+    bn2: BatchNorm,
     se: SqueezeExcite,
     w_project: Tensor,
+    bn3: BatchNorm,
     residual: bool,
     stride: int,
 ) -> None:
-    if x.dim() != 4:
-        raise ValueError(f"x: got {x.dim()} dimensions, must be 4 (N, C, H, W)")
     expanded = w_depthwise.shape[0]
     if (w_expand is None) != (bn1 is None):
         raise ValueError("bn1: must be given with w_expand, and only with it")
@@ -288,5 +290,9 @@ def _check(
     for name, weight, channels in (("w_project", w_project, expanded), ("se.w_reduce", se.w_reduce, expanded)):
         if weight.shape[1] != channels:
             raise ValueError(f"{name}: takes {weight.shape[1]} channels, w_depthwise gives {channels}")
+    if bn1 is not None:
+        bn1.check(expanded, "bn1")
+    bn2.check(expanded, "bn2")
+    bn3.check(w_project.shape[0], "bn3")
     if residual and (stride != 1 or w_project.shape[0] != x.shape[1]):
         raise ValueError(f"residual: needs stride 1 and {x.shape[1]} output channels")

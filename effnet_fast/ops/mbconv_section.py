@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from effnet_fast.ops import section as sections
-from effnet_fast.ops.activations import channels_last, refuse_double_backward, under_autocast
+from effnet_fast.ops.activations import as_activation, channels_last, refuse_double_backward
 from effnet_fast.ops.normalization import BatchNorm, values_per_channel
 from effnet_fast.ops.squeeze_excite import SqueezeExcite, gated
 from effnet_fast.passes.backend import passes_for, resolve
@@ -34,8 +34,8 @@ def mbconv_section(
     `mbconv_section_eager`.
     Raises ValueError that names the argument, or RuntimeError if a backend was insisted on and can't run the call.
     """
-    e = channels_last(under_autocast(e))
-    _check(e, "e", weight, se)
+    e = as_activation(e, "e")
+    _check(e, "e", weight, (bn1, bn2), se)
     if _runs_eagerly(e, weight, stride, (bn1, bn2), tuple(se)):
         return mbconv_section_eager(e, bn1, weight, bn2, se, stride=stride, same=same)
     if bn2.training:
@@ -64,8 +64,8 @@ def dwconv_bn_silu(x: Tensor, weight: Tensor, bn: BatchNorm, *, stride: int = 1,
 
     Otherwise as `mbconv_section`; kept for backward are x and the convolution's output.
     """
-    x = channels_last(under_autocast(x))
-    _check(x, "x", weight, None)
+    x = as_activation(x, "x")
+    _check(x, "x", weight, (bn,), None)
     if _runs_eagerly(x, weight, stride, (bn,), ()):
         return dwconv_bn_silu_eager(x, weight, bn, stride=stride, same=same)
     if bn.training:
@@ -88,13 +88,13 @@ def _runs_eagerly(
     return not norms[0].training and torch.is_grad_enabled() and any(t.requires_grad for t in leaves)
 
 
-def _check(x: Tensor, name: str, weight: Tensor, se: SqueezeExcite | None) -> None:
-    if x.dim() != 4:
-        raise ValueError(f"{name}: got {x.dim()} dimensions, must be 4 (N, C, H, W)")
+def _check(x: Tensor, name: str, weight: Tensor, norms: tuple[BatchNorm, ...], se: SqueezeExcite | None) -> None:
     if weight.dim() != 4 or weight.shape[1] != 1 or weight.shape[2] != weight.shape[3]:
         raise ValueError(f"weight: got shape {tuple(weight.shape)}, must be [C, 1, k, k]")
     if x.shape[1] != weight.shape[0]:
         raise ValueError(f"{name}: got {x.shape[1]} channels, weight takes {weight.shape[0]}")
+    for bn in norms:
+        bn.check(x.shape[1], "bn")
     if se is not None and se.w_reduce.shape[1] != x.shape[1]:
         raise ValueError(f"se.w_reduce: takes {se.w_reduce.shape[1]} channels, {name} has {x.shape[1]}")
 
@@ -199,6 +199,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, do: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if do is None:
+        return (None,) * 14
     de, dbn2, dweight, *rest = _section_backward(do, *ctx.saved_tensors, *ctx.options)
     dbn1 = rest.pop(0) if ctx.has_bn1 else (None, None)
     dse = rest if ctx.has_se else (None,) * 4

@@ -38,6 +38,13 @@ class BatchNorm(NamedTuple):
             module.training,
         )
 
+    def check(self, channels: int, name: str) -> None:
+        """Raises ValueError unless the parameters are for so many channels and eps is positive."""
+        if self.weight.shape != (channels,):
+            raise ValueError(f"{name}: got {self.weight.shape[0]} channels, must be for {channels}")
+        if not self.eps > 0:
+            raise ValueError(f"{name}.eps: got {self.eps}, must be positive")
+
     def eager(self, y: Tensor) -> Tensor:
         """PyTorch's own batch norm of y."""
         return F.batch_norm(

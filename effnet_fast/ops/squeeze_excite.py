@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from effnet_fast.ops.activations import channels_last, refuse_double_backward, under_autocast
+from effnet_fast.ops.activations import as_activation, channels_last, refuse_double_backward
 from effnet_fast.passes.backend import passes_for, resolve
 
 
@@ -40,9 +40,10 @@ class SqueezeExcite(NamedTuple):
 
     def _mlp(self, pooled: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         w_reduce, b_reduce, w_expand, b_expand = (p.to(pooled.dtype) for p in self)
-        reduced = F.linear(pooled, w_reduce.flatten(1), b_reduce)
-        hidden = F.silu(reduced)
-        return reduced, hidden, F.linear(hidden, w_expand.flatten(1), b_expand).sigmoid()
+        with torch.autocast(pooled.device.type, enabled=False):  # the passes take float32 gates
+            reduced = F.linear(pooled, w_reduce.flatten(1), b_reduce)
+            hidden = F.silu(reduced)
+            return reduced, hidden, F.linear(hidden, w_expand.flatten(1), b_expand).sigmoid()
 
 
 def squeeze_excite(x: Tensor, w_reduce: Tensor, b_reduce: Tensor, w_expand: Tensor, b_expand: Tensor) -> Tensor:
@@ -52,9 +53,9 @@ def squeeze_excite(x: Tensor, w_reduce: Tensor, b_reduce: Tensor, w_expand: Tens
     `squeeze_excite_eager`.
     Raises ValueError that names the argument, or RuntimeError if a backend was insisted on and can't run the call.
     """
-    x = channels_last(under_autocast(x))
-    if x.dim() != 4 or x.shape[1] != w_reduce.shape[1]:
-        raise ValueError(f"x: got shape {tuple(x.shape)}, must be [N, {w_reduce.shape[1]}, H, W]")
+    x = as_activation(x, "x")
+    if x.shape[1] != w_reduce.shape[1]:
+        raise ValueError(f"x: got {x.shape[1]} channels, w_reduce takes {w_reduce.shape[1]}")
     if resolve(x) == "eager":
         return squeeze_excite_eager(x, w_reduce, b_reduce, w_expand, b_expand)
     return _squeeze_excite(x, w_reduce, b_reduce, w_expand, b_expand)[0]
@@ -118,7 +119,9 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, T
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dout: Tensor, _: Tensor | None) -> tuple[Tensor, ...]:
+def _backward(ctx: Any, dout: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return (None,) * 5
     return tuple(_squeeze_excite_backward(dout, *ctx.saved_tensors))
 
 

@@ -16,28 +16,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import effnet_fast._build_info as _build_info
+from effnet_fast import _build_info
 from effnet_fast.passes import reference, schema
 
 BACKENDS = ("auto", "eager", "cpu")
 
 _LOG = logging.getLogger("effnet_fast")
 
-_chosen: str | None = None
+# Read once, so that a compiler can trace the choice.
+_chosen = os.environ.get("EFFNET_FAST_BACKEND") or "auto"
 
 
-@cache
-def load_cpu() -> str:
-    """Load the compiled passes for the best instruction set of this processor, and return its name.
-
-    ``EFFNET_FAST_ISA`` forces another that the processor runs. Raises ValueError naming the choices.
-    """
+def _load() -> str | ValueError:
     supported = _build_info.supported_isas()
     isa = os.environ.get("EFFNET_FAST_ISA") or supported[0]
     if isa not in supported:
-        raise ValueError(f"EFFNET_FAST_ISA: got {isa!r}, this processor runs {', '.join(supported)}")
+        return ValueError(f"EFFNET_FAST_ISA: got {isa!r}, this processor runs {', '.join(supported)}")
     importlib.import_module(f"effnet_fast._cpu_{isa}")
     return isa
+
+
+_loaded = _load()
+
+
+def cpu_isa() -> str:
+    """The instruction set of the compiled passes in use: the best of this processor, or ``EFFNET_FAST_ISA``.
+
+    Raises ValueError naming the choices if that one can't run here.
+    """
+    if isinstance(_loaded, ValueError):
+        raise _loaded
+    return _loaded
 
 
 def why_not(backend: str, x: Tensor, kernel: int = 3, stride: int = 1) -> str | None:
@@ -57,7 +66,7 @@ def why_not(backend: str, x: Tensor, kernel: int = 3, stride: int = 1) -> str | 
 
 def current() -> str:
     """The backend asked for: by `use_backend`, else by ``EFFNET_FAST_BACKEND``, else "auto"."""
-    return _chosen or _checked(os.environ.get("EFFNET_FAST_BACKEND") or "auto", "EFFNET_FAST_BACKEND")
+    return _checked(_chosen, "EFFNET_FAST_BACKEND")
 
 
 @contextlib.contextmanager
@@ -87,7 +96,7 @@ def resolve(x: Tensor, kernel: int = 3, stride: int = 1) -> str:
         return "eager"
     reason = why_not("cpu", x, kernel, stride)
     if reason is None:
-        load_cpu()
+        cpu_isa()
         return "cpu"
     if name == "auto":
         _log_fallback(reason)
@@ -100,12 +109,9 @@ def _log_fallback(reason: str) -> None:
     _LOG.warning("falling back to eager PyTorch: %s", reason)
 
 
-@cache
-def _native() -> Any:
-    load_cpu()
-    return SimpleNamespace(**{name: getattr(torch.ops.effnet_fast, name).default for name in schema.PASSES})
+_NATIVE = SimpleNamespace(**{name: getattr(torch.ops.effnet_fast, name).default for name in schema.PASSES})
 
 
 def passes_for(x: Tensor, kernel: int = 3, stride: int = 1) -> Any:
     """The passes to run on x: compiled ones, or `reference` where there are none (float64, for one)."""
-    return _native() if why_not("cpu", x, kernel, stride) is None else reference
+    return _NATIVE if why_not("cpu", x, kernel, stride) is None else reference

@@ -1,0 +1,66 @@
+"""What was built, what runs here, and why not: ``python -m effnet_fast.doctor``."""
+
+import os
+import platform
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from effnet_fast import _build_info
+from effnet_fast.cli import ArgumentParser
+from effnet_fast.passes.backend import cpu_isa, current, why_not
+
+ISAS = ("avx512", "avx2", "baseline")
+
+
+def processor() -> str:
+    """The processor's name, as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def report() -> Iterator[tuple[str, str]]:
+    """(fact, value) lines."""
+    yield "processor", f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads in torch"
+    yield "torch", f"{torch.__version__}; effnet_fast was built with {_build_info.torch_version}"
+    yield "compiler", _build_info.compiler
+    supported = _build_info.supported_isas()
+    for isa in ISAS:
+        built = find_spec(f"effnet_fast._cpu_{isa}") is not None
+        reasons = [] if built else ["not built"]
+        if isa not in supported:
+            reasons.append("this processor lacks its instructions")
+        yield f"cpu passes, {isa}", " and ".join(reasons) or "built, runs here"
+    yield "instruction set in use", cpu_isa()
+    yield "backend", current()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        reason = why_not("cpu", torch.empty(1, 8, 1, 1, dtype=dtype))
+        yield f"{str(dtype).removeprefix('torch.')} on the CPU", reason or "compiled passes"
+    yield (
+        "depthwise convolutions",
+        "kernel 3, 5 or 7, stride 1 or 2, channels a multiple of 8; others take eager PyTorch",
+    )
+    yield "CUDA", torch.cuda.get_device_name() if torch.cuda.is_available() else "no device"
+    yield "CUDA passes", "none in this version: eager PyTorch"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = ArgumentParser(prog="python -m effnet_fast.doctor", description=__doc__)
+    parser.parse_args(argv)
+    try:
+        lines = list(report())
+    except ValueError as error:
+        parser.error(str(error))
+    width = max(len(fact) for fact, _ in lines)
+    for fact, value in lines:
+        print(f"{fact:{width}}  {value}")
+
+
+if __name__ == "__main__":
+    main()

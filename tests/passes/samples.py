@@ -1,0 +1,91 @@
+"""Sample calls of every pass: the same for every backend, over the shapes that trip kernels up."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# N, C, H, W: B0-like, one pixel, a half-full last vector, H != W, wide rows, more rows than columns, no examples
+SHAPES = (
+    (2, 32, 14, 14),
+    (1, 8, 1, 1),
+    (3, 40, 9, 6),
+    (1, 96, 3, 31),
+    (5, 24, 17, 2),
+    (2, 144, 7, 7),
+    (1, 16, 2, 65),
+    (0, 16, 5, 5),
+)
+CONVOLUTIONS = tuple((k, s, same) for k in (3, 5, 7) for s in (1, 2) for same in (False, True))
+
+
+@dataclass
+class Call:
+    """A pass and its arguments; activations in the storage dtype, the rest in float32."""
+
+    name: str
+    args: tuple[Any, ...]
+
+    def to_float64(self) -> tuple[Any, ...]:
+        return tuple(a.double() if isinstance(a, Tensor) else a for a in self.args)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def activation(generator: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    # a mean of a half, so that a forgotten mean shows
+    return channels_last((torch.randn(shape, generator=generator) + 0.5).to(dtype))
+
+
+def pointwise_calls(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Iterator[Call]:
+    """The passes without a convolution."""
+    g = torch.Generator().manual_seed(sum(shape))
+    n, c = shape[:2]
+    x, grad, residual = (activation(g, shape, dtype) for _ in range(3))
+    scale, rstd, gate = (
+        torch.rand(c, generator=g) + 0.5,
+        torch.rand(c, generator=g) + 0.5,
+        torch.rand(n, c, generator=g),
+    )
+    shift, mean, a, b = (torch.randn(c, generator=g) * 0.3 for _ in range(4))
+    pooled_grad = torch.randn(n, c, generator=g)
+    yield Call("channel_stats", (x,))
+    for silu in (True, False):
+        yield Call("pool", (x, scale, shift, silu))
+        yield Call("backward_sums", (grad, x, scale, shift, mean, rstd, silu))
+        for gated in (None, gate):
+            for added in (None, residual):
+                yield Call("apply", (x, scale, shift, silu, gated, added))
+            for pooled in (None, pooled_grad):
+                yield Call("backward_apply", (grad, x, scale, shift, mean, silu, gated, pooled, a, b))
+
+
+def depthwise_calls(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, kernel: int, stride: int, same: bool
+) -> Iterator[Call]:
+    """The passes with a depthwise convolution."""
+    g = torch.Generator().manual_seed(sum(shape) + kernel + stride)
+    n, c = shape[:2]
+    x = activation(g, shape, dtype)
+    weight = torch.randn(c, 1, kernel, kernel, generator=g) / kernel
+    scale, rstd, gate = (
+        torch.rand(c, generator=g) + 0.5,
+        torch.rand(c, generator=g) + 0.5,
+        torch.rand(n, c, generator=g),
+    )
+    shift, mean, a, b = (torch.randn(c, generator=g) * 0.3 for _ in range(4))
+    pooled_grad = torch.randn(n, c, generator=g)
+    out_h, out_w = (-(-size // stride) for size in shape[2:])  # of either padding, for odd kernels
+    y, grad = (activation(g, (n, c, out_h, out_w), dtype) for _ in range(2))
+    for affine in ((None, None), (scale, shift)):
+        yield Call("dwconv_stats", (x, weight, *affine, stride, same))
+        yield Call("dwconv_affine", (x, weight, *affine, rstd, mean, stride, same))
+    without_norm: tuple[None, ...] = (None,) * 7
+    for out in (without_norm, (scale, shift, mean, None, None, a, b), (scale, shift, mean, gate, pooled_grad, a, b)):
+        for norm in ((None,) * 4, (scale, shift, mean, rstd)):
+            source = None if out is without_norm else y
+            yield Call("backward_dwconv", (grad, source, x, weight, *out, *norm, stride, same))

@@ -1,0 +1,78 @@
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from effnet_fast.passes import backend
+from effnet_fast.passes.backend import current, resolve, use_backend, why_not
+
+X = torch.zeros(1, 8, 2, 2)
+
+
+def test_auto_takes_the_compiled_passes_and_falls_back_with_one_log_line(caplog: pytest.LogCaptureFixture) -> None:
+    assert resolve(X) == "cpu"
+    backend._log_fallback.cache_clear()
+    with caplog.at_level(logging.WARNING, "effnet_fast"):
+        for _ in range(3):
+            assert resolve(X, kernel=9) == "eager"
+    assert [record.getMessage() for record in caplog.records] == [
+        "falling back to eager PyTorch: the kernel is 9, must be 3, 5 or 7"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("x", "kernel", "stride", "reason"),
+    [
+        (X.double(), 3, 1, "dtype is torch.float64"),
+        (X[:, :7], 3, 1, "7 channels"),
+        (X, 4, 1, "kernel is 4"),
+        (X, 3, 3, "stride is 3"),
+        (X.to("meta"), 3, 1, "x is on meta"),
+    ],
+)
+def test_one_predicate_chooses_and_explains(x: torch.Tensor, kernel: int, stride: int, reason: str) -> None:
+    assert reason in (why_not("cpu", x, kernel, stride) or "")
+    assert resolve(x, kernel, stride) == "eager"
+    with use_backend("cpu"), pytest.raises(RuntimeError, match=reason):
+        resolve(x, kernel, stride)
+
+
+def test_choice_nests_and_ends_with_its_block() -> None:
+    assert current() == "auto"
+    with use_backend("eager"):
+        assert resolve(X) == "eager"
+        with use_backend("cpu"):
+            assert resolve(X) == "cpu"
+        assert current() == "eager"
+    assert current() == "auto"
+    with pytest.raises(ValueError, match="backend: got 'tpu', choose from auto, eager, cpu"), use_backend("tpu"):
+        pass
+
+
+def run(environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "effnet_fast.doctor"], env={**os.environ, **environment}, capture_output=True, text=True
+    )
+
+
+def test_doctor_says_what_runs_here_and_why_not() -> None:
+    facts = dict(line.split("  ", 1) for line in run({}).stdout.splitlines())
+    facts = {key.strip(): value.strip() for key, value in facts.items()}
+    assert facts["cpu passes, baseline"] == "built, runs here"
+    assert facts["float32 on the CPU"] == "compiled passes"
+    assert "float64" in facts["float64 on the CPU"]
+    assert facts["backend"] == "auto"
+    baseline = run({"EFFNET_FAST_ISA": "baseline", "EFFNET_FAST_BACKEND": "eager"}).stdout
+    assert "instruction set in use  baseline" in baseline
+    assert "eager\n" in baseline
+
+
+@pytest.mark.parametrize("variable", ["EFFNET_FAST_ISA", "EFFNET_FAST_BACKEND"])
+def test_wrong_environment_gets_one_line(variable: str) -> None:
+    done = run({variable: "mmx"})
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"python -m effnet_fast.doctor: error: {variable}: got 'mmx'")
+    assert len(done.stderr.splitlines()) == 1

@@ -1,0 +1,171 @@
+"""The compiled passes against the reference in float64, on every instruction set that this processor runs."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+import effnet_fast.passes.backend  # noqa: F401 loads the compiled passes
+from effnet_fast import _build_info
+from effnet_fast.passes import reference
+from effnet_fast.passes.schema import PASSES
+from tests.passes.samples import CONVOLUTIONS, SHAPES, Call, activation, depthwise_calls, pointwise_calls
+
+# Relative to the largest value of an output. float32: some hundred roundings of 6e-8. 16 bit: the storage's rounding of
+# an activation (2^-9 and 2^-12 of it) and the sigmoid's 8e-5, which the sums average out.
+TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
+DTYPES = tuple(TOLERANCE)
+
+
+def tensors(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else result
+
+
+def check(call: Call, dtype: torch.dtype) -> None:
+    actual = tensors(getattr(torch.ops.effnet_fast, call.name)(*call.args))
+    expected = tensors(getattr(reference, call.name)(*call.to_float64()))
+    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert a.shape == e.shape
+        assert a.dtype == (dtype if a.dim() == 4 and not (call.name == "backward_dwconv" and i == 1) else torch.float32)
+        if a.dim() == 4 and a.dtype == dtype:
+            assert a.is_contiguous(memory_format=torch.channels_last) or a.numel() == 0
+        assert a.isfinite().all()
+        limit = TOLERANCE[dtype] * max(1.0, e.abs().max().item() if e.numel() else 0.0)
+        torch.testing.assert_close(a.double(), e, rtol=0, atol=limit, msg=lambda m, i=i: f"{call.name}[{i}]: {m}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_pointwise_passes(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    for call in pointwise_calls(shape, dtype):
+        check(call, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("kernel", "stride", "same"), CONVOLUTIONS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_depthwise_passes(
+    shape: tuple[int, int, int, int], kernel: int, stride: int, same: bool, dtype: torch.dtype
+) -> None:
+    for call in depthwise_calls(shape, dtype, kernel, stride, same):
+        check(call, dtype)
+
+
+@pytest.mark.parametrize("isa", [isa for isa in _build_info.supported_isas() if isa != _build_info.supported_isas()[0]])
+def test_every_other_instruction_set(isa: str) -> None:
+    """Only one is loaded in a process, so the others run this file in processes of their own."""
+    if os.environ.get("EFFNET_FAST_ISA"):
+        return  # this is such a process
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
+        env={**os.environ, "EFFNET_FAST_ISA": isa},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
+@pytest.mark.parametrize("mean_over_std", [0, 1, 1e2, 1e3])
+def test_statistics_survive_a_large_mean(mean_over_std: float) -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 16, 19, 23, generator=g) + mean_over_std
+    x = x.contiguous(memory_format=torch.channels_last)
+    identity = torch.zeros(16, 1, 3, 3)
+    identity[:, 0, 1, 1] = 1
+    for mean, m2 in (
+        torch.ops.effnet_fast.channel_stats(x),
+        torch.ops.effnet_fast.dwconv_stats(x, identity, None, None, 1, False)[1:],
+    ):
+        torch.testing.assert_close(mean.double(), x.double().mean((0, 2, 3)), rtol=1e-6, atol=1e-6)
+        variance = x.double().var((0, 2, 3), unbiased=False)
+        # as good as two passes in float32: the values' own distance from their mean is exact to 6e-8 of the mean
+        torch.testing.assert_close(m2.double() / (4 * 19 * 23), variance, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_results_do_not_depend_on_the_number_of_threads(threads: int) -> None:
+    before = torch.get_num_threads()
+    calls = [
+        *pointwise_calls((3, 40, 9, 6), torch.bfloat16),
+        *depthwise_calls((3, 40, 9, 6), torch.bfloat16, 5, 2, False),
+    ]
+    first = [tensors(getattr(torch.ops.effnet_fast, call.name)(*call.args)) for call in calls]
+    try:
+        torch.set_num_threads(threads)
+        again = [tensors(getattr(torch.ops.effnet_fast, call.name)(*call.args)) for call in calls]
+    finally:
+        torch.set_num_threads(before)
+    for results in zip(first, again, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_infinities_and_nan_stay_where_they_are() -> None:
+    x = activation(torch.Generator().manual_seed(0), (1, 16, 6, 6), torch.bfloat16)
+    x[0, 3, 2, 2], x[0, 5, 0, 0] = float("nan"), float("inf")
+    one, zero = torch.ones(16), torch.zeros(16)
+    out = torch.ops.effnet_fast.apply(x, one, zero, True, None, None)
+    assert out[0, 3, 2, 2].isnan()
+    assert out[0, 5, 0, 0] == float("inf")
+    out[0, 3, 2, 2] = out[0, 5, 0, 0] = 0
+    assert out.isfinite().all()
+    y, mean, _ = torch.ops.effnet_fast.dwconv_stats(x, torch.ones(16, 1, 3, 3), None, None, 1, False)
+    assert y[0, 3].isnan().sum() == 9
+    assert mean.isfinite().tolist() == [c not in (3, 5) for c in range(16)]
+
+
+@pytest.mark.parametrize("value", [-1e4, -90.0, -20.0, 20.0, 90.0, 1e4])
+def test_silu_saturates(value: float) -> None:
+    x = torch.full((1, 16, 2, 2), value).contiguous(memory_format=torch.channels_last)
+    out = torch.ops.effnet_fast.apply(x, torch.ones(16), torch.zeros(16), True, None, None)
+    torch.testing.assert_close(out, torch.nn.functional.silu(x), rtol=1e-6, atol=1e-30)
+
+
+def test_nothing_given_is_modified() -> None:
+    calls = [*pointwise_calls((2, 24, 5, 5), torch.float32), *depthwise_calls((2, 24, 5, 5), torch.float32, 3, 2, True)]
+    for call in calls:
+        before = [a.clone() if isinstance(a, Tensor) else a for a in call.args]
+        getattr(torch.ops.effnet_fast, call.name)(*call.args)
+        assert all(torch.equal(a, b) for a, b in zip(call.args, before, strict=True) if isinstance(a, Tensor))
+
+
+WRONG = [
+    (lambda x, v: ("channel_stats", (x[0],)), "x: got 3 dimensions"),
+    (lambda x, v: ("channel_stats", (x[:, :7],)), "x: got 7 channels"),
+    (lambda x, v: ("channel_stats", (x.contiguous(),)), "x: must be contiguous in channels_last"),
+    (lambda x, v: ("channel_stats", (x.double(),)), "x: dtype must be"),
+    (lambda x, v: ("pool", (x, v.double(), v, True)), "scale: must be float32"),
+    (lambda x, v: ("pool", (x, v, v[:8], True)), "shift: must be contiguous with 16 channels"),
+    (lambda x, v: ("apply", (x, v, v, True, v, None)), "gate: must be contiguous"),
+    (lambda x, v: ("apply", (x, v, v, True, None, x[:1])), "residual: must have the shape of y"),
+    (lambda x, v: ("backward_sums", (x.bfloat16(), x, v, v, v, v, True)), "grad: must have the dtype of y"),
+    (lambda x, v: ("dwconv_stats", (x, torch.ones(16, 1, 4, 4), None, None, 1, False)), "weight: got a kernel of 4"),
+    (lambda x, v: ("dwconv_stats", (x, torch.ones(8, 1, 3, 3), None, None, 1, False)), "weight: must be"),
+    (lambda x, v: ("dwconv_stats", (x, torch.ones(16, 1, 3, 3), None, None, 3, False)), "stride: got 3"),
+    (lambda x, v: ("dwconv_stats", (x, torch.ones(16, 1, 3, 3), v, None, 1, False)), "shift: must be given"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), WRONG)
+def test_wrong_arguments_are_named(make, message: str) -> None:
+    x = torch.zeros(2, 16, 4, 4).contiguous(memory_format=torch.channels_last)
+    name, args = make(x, torch.ones(16))
+    with pytest.raises(RuntimeError, match=message):
+        getattr(torch.ops.effnet_fast, name)(*args)
+
+
+def test_every_pass_is_sampled_and_referenced() -> None:
+    sampled = {call.name for call in pointwise_calls((1, 8, 3, 3), torch.float32)}
+    sampled |= {call.name for call in depthwise_calls((1, 8, 3, 3), torch.float32, 3, 1, False)}
+    assert sampled == set(PASSES)
+    assert all(callable(getattr(reference, name)) for name in PASSES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fakes_have_the_shapes_dtypes_and_strides_of_the_kernels(dtype: torch.dtype) -> None:
+    calls = [*pointwise_calls((3, 40, 9, 6), dtype), *depthwise_calls((3, 40, 9, 6), dtype, 5, 2, True)]
+    for call in calls:
+        overload = getattr(torch.ops.effnet_fast, call.name).default
+        torch.library.opcheck(overload, call.args, test_utils=("test_schema", "test_faketensor"))
