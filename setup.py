@@ -28,15 +28,15 @@ def cpu_passes(isa: str) -> Extension:
     )
 
 
-build_info = CppExtension(
-    "effnet_fast._build_info",
-    ["csrc/bindings/build_info.cpp"],
+host = CppExtension(
+    "effnet_fast._host",
+    ["csrc/bindings/host.cpp"],
     define_macros=[("EFFNET_FAST_TORCH_VERSION", f'"{torch.__version__}"')],
     extra_compile_args=["-O2", "-g0", "-std=c++20"],
 )
 
 setup(
-    ext_modules=[build_info, *map(cpu_passes, ISA_FLAGS)],
+    ext_modules=[host, *map(cpu_passes, ISA_FLAGS)],
     # Extensions in parallel (one source each) rather than ninja's parallel sources of one extension.
     cmdclass={"build_ext": BuildExtension.with_options(use_ninja=False)},
     options={"build_ext": {"parallel": True}},

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from effnet_fast import _build_info
+from effnet_fast import _host
 from effnet_fast.cli import ArgumentParser
 from effnet_fast.passes.backend import cpu_isa, current, why_not
 
@@ -28,9 +28,9 @@ def processor() -> str:
 def report() -> Iterator[tuple[str, str]]:
     """(fact, value) lines."""
     yield "processor", f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads in torch"
-    yield "torch", f"{torch.__version__}; effnet_fast was built with {_build_info.torch_version}"
-    yield "compiler", _build_info.compiler
-    supported = _build_info.supported_isas()
+    yield "torch", f"{torch.__version__}; effnet_fast was built with {_host.torch_version}"
+    yield "compiler", _host.compiler
+    supported = _host.supported_isas()
     for isa in ISAS:
         built = find_spec(f"effnet_fast._cpu_{isa}") is not None
         reasons = [] if built else ["not built"]

@@ -12,6 +12,7 @@ from effnet_fast.amp import autocast
 from effnet_fast.augment import val_loader
 from effnet_fast.cli import ArgumentParser
 from effnet_fast.data import load_dataset
+from effnet_fast.memory import keep_freed_memory
 from effnet_fast.model import create_model
 from effnet_fast.run_folder import CHECKPOINTS, RunFolder
 
@@ -68,6 +69,7 @@ def _parser() -> ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
+    keep_freed_memory()
     parser = _parser()
     args = parser.parse_args(argv)
     try:

@@ -21,6 +21,7 @@ from effnet_fast.augment import AUGMENTS, Loader, train_loader, val_loader
 from effnet_fast.cli import ArgumentParser, at_least
 from effnet_fast.data import DATASETS, load_dataset
 from effnet_fast.evaluate import evaluate
+from effnet_fast.memory import keep_freed_memory
 from effnet_fast.model import create_model
 from effnet_fast.plots import plot_curves
 from effnet_fast.recipe import default_lr, lr_factor, make_ema, make_loss, make_optimizer
@@ -89,6 +90,7 @@ def _parser() -> ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
+    keep_freed_memory()
     parser = _parser()
     args = vars(parser.parse_args(argv))
     output = args.pop("output")

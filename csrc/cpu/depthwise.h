@@ -33,18 +33,20 @@ inline void dispatch_window(const Window& w, F&& f) {
   return w.stride == 1 ? f.template operator()<7, 1>() : f.template operator()<7, 2>();
 }
 
-// How the work is cut: a task is a block of channel vectors of a group of images. The cut follows from the shape
-// alone, so that results do not depend on the number of threads.
+// How the work is cut: a task is a block of channel vectors of a group of images: enough tasks for many threads, but none
+// so small that combining the tasks' sums would rule (small images). The cut follows from the shape alone, so that
+// results do not depend on the number of threads.
 struct DepthwiseTasks {
   int64_t images, vectors, block, blocks, groups;
 
   // bytes_per_vector: what a task keeps in cache for each vector of channels.
   DepthwiseTasks(const Shape& s, int64_t bytes_per_vector) : images(s.n), vectors(s.vectors()) {
-    constexpr int64_t kCacheBytes = 256 << 10, kMinTasks = 64;
+    constexpr int64_t kCacheBytes = 256 << 10, kMaxTasks = 64, kMinVectors = 8192;
     const int64_t fit = std::max<int64_t>(1, std::min(vectors, kCacheBytes / bytes_per_vector));
     blocks = (vectors + fit - 1) / fit;
     block = (vectors + blocks - 1) / std::max<int64_t>(blocks, 1);
-    groups = std::min(images, (kMinTasks + blocks - 1) / std::max<int64_t>(blocks, 1));
+    const int64_t wanted = std::clamp<int64_t>(images * s.pixels() * vectors / kMinVectors, 1, kMaxTasks);
+    groups = std::min(images, (wanted + blocks - 1) / std::max<int64_t>(blocks, 1));
   }
   int64_t group_begin(int64_t group) const { return images * group / groups; }
   int64_t group_images(int64_t group) const { return group_begin(group + 1) - group_begin(group); }

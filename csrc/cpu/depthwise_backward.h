@@ -248,22 +248,21 @@ std::tuple<Tensor, Tensor, Tensor> backward_dwconv(
                                   (T*)dx.mutable_data_ptr(), weight_grads.data(), sums.data());
     });
   });
-  torch::stable::parallel_for(0, s.c, 64, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      const int64_t v = c / kLanes, lane = c % kLanes;
-      for (int64_t tap = 0; tap < taps; ++tap) {
-        float total = 0;
-        for (int64_t group = 0; group < tasks.groups; ++group)
-          total += weight_grads[((group * s.vectors() + v) * taps + tap) * kLanes + lane];
-        floats(dweight)[c * taps + tap] = total;
-      }
-      for (int64_t i = 0; i < 2; ++i) {
-        float total = 0;
-        for (int64_t group = 0; group < tasks.groups; ++group)
-          total += sums[((group * s.vectors() + v) * 2 + i) * kLanes + lane];
-        floats(norm_sums)[i * s.c + c] = total;
-      }
-    }
+  torch::stable::parallel_for(0, s.vectors(), 4, [&](int64_t begin, int64_t end) {
+    for (int64_t v = begin; v < end; ++v)
+      with_lanes(v, s.c, [&](auto lanes) {
+        const auto total = [&](const std::vector<float>& parts, int64_t width, int64_t i) {
+          Vec sum = {};
+          for (int64_t group = 0; group < tasks.groups; ++group)
+            sum += load(&parts[((group * s.vectors() + v) * width + i) * kLanes]);
+          return sum;
+        };
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          const Vec sum = total(weight_grads, taps, tap);
+          for (int lane = 0; lane < lanes; ++lane) floats(dweight)[(v * kLanes + lane) * taps + tap] = sum[lane];
+        }
+        for (int64_t i = 0; i < 2; ++i) store(floats(norm_sums) + i * s.c + v * kLanes, total(sums, 2, i), lanes);
+      });
   });
   return {dx, dweight, norm_sums};
 }

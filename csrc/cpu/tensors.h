@@ -100,16 +100,18 @@ inline void combine_moments(const float* means, const float* m2s, int64_t parts,
   double total = 0;
   for (int64_t p = 0; p < parts; ++p) total += (double)count(p);
   torch::stable::parallel_for(0, channels, 256, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      double sum = 0, square = 0;
-      for (int64_t p = 0; p < parts; ++p) sum += (double)count(p) * means[p * channels + c];
-      const double center = total > 0 ? sum / total : 0;
-      for (int64_t p = 0; p < parts; ++p) {
-        const double d = means[p * channels + c] - center;
-        square += m2s[p * channels + c] + (double)count(p) * d * d;
+    // part by part, so that memory is read in order
+    std::vector<double> center(end - begin), square(end - begin);
+    for (int64_t p = 0; p < parts; ++p)
+      for (int64_t c = begin; c < end; ++c) center[c - begin] += (double)count(p) / total * means[p * channels + c];
+    for (int64_t p = 0; p < parts; ++p)
+      for (int64_t c = begin; c < end; ++c) {
+        const double d = means[p * channels + c] - center[c - begin];
+        square[c - begin] += m2s[p * channels + c] + (double)count(p) * d * d;
       }
-      mean[c] = (float)center;
-      m2[c] = (float)square;
+    for (int64_t c = begin; c < end; ++c) {
+      mean[c] = (float)center[c - begin];
+      m2[c] = (float)square[c - begin];
     }
   });
 }

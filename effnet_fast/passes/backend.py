@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effnet_fast import _build_info
+from effnet_fast import _host
 from effnet_fast.passes import reference, schema
 
 BACKENDS = ("auto", "eager", "cpu")
@@ -28,7 +28,7 @@ _chosen = os.environ.get("EFFNET_FAST_BACKEND") or "auto"
 
 
 def _load() -> str | ValueError:
-    supported = _build_info.supported_isas()
+    supported = _host.supported_isas()
     isa = os.environ.get("EFFNET_FAST_ISA") or supported[0]
     if isa not in supported:
         return ValueError(f"EFFNET_FAST_ISA: got {isa!r}, this processor runs {', '.join(supported)}")

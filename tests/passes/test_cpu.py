@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import effnet_fast.passes.backend  # noqa: F401 loads the compiled passes
-from effnet_fast import _build_info
+from effnet_fast import _host
 from effnet_fast.passes import reference
 from effnet_fast.passes.schema import PASSES
 from tests.passes.samples import CONVOLUTIONS, SHAPES, Call, activation, depthwise_calls, pointwise_calls
@@ -54,7 +54,7 @@ def test_depthwise_passes(
         check(call, dtype)
 
 
-@pytest.mark.parametrize("isa", [isa for isa in _build_info.supported_isas() if isa != _build_info.supported_isas()[0]])
+@pytest.mark.parametrize("isa", [isa for isa in _host.supported_isas() if isa != _host.supported_isas()[0]])
 def test_every_other_instruction_set(isa: str) -> None:
     """Only one is loaded in a process, so the others run this file in processes of their own."""
     if os.environ.get("EFFNET_FAST_ISA"):
