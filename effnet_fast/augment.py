@@ -23,7 +23,10 @@ AUGMENTS = ("reference", "fast")
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
+# Share of an image's area that a random crop keeps: torchvision's default in `reference`. `fast` keeps more: a crop of
+# 8 % is 9 pixels wide at 32 px and shows nothing (compound on digits after 6 epochs: 43 % top-1 with it, 67 % without).
 CROP_SCALE = (0.08, 1.0)
+FAST_CROP_SCALE = (0.35, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
 ERASE_PROBABILITY = 0.5
 ERASE_SCALE = (0.02, 0.33)
@@ -49,8 +52,8 @@ def train_loader(
     Args:
         split: the examples.
         augment: `reference`: random resized crop, AutoAugment, flip and random erasing of one example at a
-            time; or `fast`: the same without AutoAugment, of whole batches on the device, from pixels that
-            are kept there.
+            time; or `fast`: the same with larger crops and without AutoAugment, of whole batches on the device,
+            from pixels that are kept there.
         size: of the batches, in pixels.
         batch_size: examples.
         seed: of everything random.
@@ -375,13 +378,13 @@ def _random_boxes(
 
 
 def random_crops(generator: torch.Generator, count: int, height: int, width: int) -> Tensor:
-    """Boxes as RandomResizedCrop's: int64 [count, 4], of (top, left, height, width) in pixels, on the CPU."""
+    """Boxes as RandomResizedCrop's of FAST_CROP_SCALE: int64 [count, 4], (top, left, height, width), on the CPU."""
     return _random_boxes(
         generator,
         count,
         height,
         width,
-        scale=CROP_SCALE,
+        scale=FAST_CROP_SCALE,
         # RandomResizedCrop's ratio is width / height; this range is its own inverse.
         ratio=CROP_RATIO,
         smallest=1,

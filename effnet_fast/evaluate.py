@@ -14,6 +14,7 @@ from effnet_fast.cli import ArgumentParser
 from effnet_fast.data import load_dataset
 from effnet_fast.memory import keep_freed_memory
 from effnet_fast.model import create_model
+from effnet_fast.passes.backend import use_backend
 from effnet_fast.run_folder import CHECKPOINTS, RunFolder
 
 
@@ -99,7 +100,8 @@ def _report(run_path: Path, checkpoint: str, data_dir: str | None, device_name: 
     results = {}
     for weights in ("model", "ema"):
         model.load_state_dict(state[weights])
-        results[weights] = evaluate(model, loader.epoch(0), classes, device, config["amp"])
+        with use_backend(config["backend"]):
+            results[weights] = evaluate(model, loader.epoch(0), classes, device, config["amp"])
     print(f"{run_path}: {checkpoint} checkpoint, epoch {state['epoch']}, {len(val)} images of {config['dataset']}")
     print(f"{'':20} {'images':>7} {'weights':>9} {'EMA':>9}")
     columns = [results["model"], results["ema"]]

@@ -23,6 +23,7 @@ from effnet_fast.data import DATASETS, load_dataset
 from effnet_fast.evaluate import evaluate
 from effnet_fast.memory import keep_freed_memory
 from effnet_fast.model import create_model
+from effnet_fast.passes.backend import BACKENDS, current, use_backend
 from effnet_fast.plots import plot_curves
 from effnet_fast.recipe import default_lr, lr_factor, make_ema, make_loss, make_optimizer
 from effnet_fast.run_folder import RunFolder
@@ -50,6 +51,7 @@ class Config:
     limit_val: int | None
     num_workers: int
     device: str
+    backend: str
 
     @property
     def input_size(self) -> int:
@@ -86,6 +88,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--limit-val", type=at_least(1), help="validate on so many images only")
     parser.add_argument("--num-workers", type=at_least(0), default=2, help="processes that augment; default: 2")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    parser.add_argument("--backend", choices=BACKENDS, help="of the fused ops; default: auto")
     return parser
 
 
@@ -99,12 +102,15 @@ def main(argv: list[str] | None = None) -> None:
         args["device"] = str(device)
         if args["amp"] is None:
             args["amp"] = "fp16" if device.type == "cuda" else "off"
+        if args["backend"] is None:
+            args["backend"] = current()
         if args["lr"] is None:
             args["lr"] = default_lr(args["batch_size"])
         config = Config(**args)
         if output is None:
             output = Path("runs") / f"{config.variant}-{config.dataset}-{datetime.now():%Y%m%d-%H%M%S}"
-        train(config, output)
+        with use_backend(config.backend):
+            train(config, output)
     except (ValueError, OSError) as error:
         parser.error(str(error))
 
@@ -150,7 +156,8 @@ def train(config: Config, output: Path) -> None:
     print(
         f"Training {config.variant} ({config.family} family) on {config.dataset}: {parameters:,} parameters, "
         f"{macs / 1e6:,.1f} M MACs at {config.input_size} px, {classes} classes; {len(train_split):,} images, "
-        f"{config.epochs} x {len(batches)} steps of {config.batch_size}; {device}, amp {config.amp}; {output}",
+        f"{config.epochs} x {len(batches)} steps of {config.batch_size}; {device}, amp {config.amp}, "
+        f"backend {config.backend}; {output}",
         flush=True,
     )
 

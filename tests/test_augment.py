@@ -152,7 +152,7 @@ def assert_same_distribution(ours: Tensor, theirs: Tensor) -> None:
 def test_crops_are_distributed_as_random_resized_crop(height: int, width: int) -> None:
     count = 4000
     ours = random_crops(torch.Generator().manual_seed(0), count, height, width)
-    transform = v2.RandomResizedCrop(32)
+    transform = v2.RandomResizedCrop(32, scale=(0.35, 1.0))
     image = torch.zeros(3, height, width)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

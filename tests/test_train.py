@@ -106,6 +106,7 @@ def test_first_line_says_what_is_trained(tmp_path: Path) -> None:
         (["--family", "vit"], "choose from 'reference', 'paper'"),
         (["--dataset", "mnist"], "choose from 'cifar10', 'digits', 'folder'"),
         (["--augment", "none"], "choose from 'reference', 'fast'"),
+        (["--backend", "tpu"], "choose from 'auto', 'eager', 'cpu'"),
         (["--amp", "fp8"], "choose from 'off', 'bf16', 'fp16'"),
         (["--device", "tpu"], "got 'tpu', choose from cpu"),
         (["--epochs", "0"], "got '0', must be an integer of at least 1"),
