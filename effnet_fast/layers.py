@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effnet_fast import ops
+from effnet_fast.passes.reference import same_padding
 
 PadType = Literal["symmetric", "same"]
 
@@ -15,10 +16,8 @@ class Conv2dSame(nn.Conv2d):
     """Conv2d with TensorFlow's SAME padding: ceil(size / stride) outputs, the odd pixel of padding at the end."""
 
     def forward(self, x: Tensor) -> Tensor:
-        pad: list[int] = []
-        for size, kernel, stride in zip(x.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1], strict=True):
-            total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
-            pad += [total // 2, total - total // 2]
+        sides = zip(x.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1], strict=True)
+        pad = [pixels for side in sides for pixels in same_padding(*side)]
         return F.conv2d(F.pad(x, pad), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
 
@@ -85,7 +84,8 @@ class MBConv(nn.Module):
     """Inverted residual with squeeze-excite: expand, depthwise, gate, project (paper, table 1).
 
     [N, in_channels, H, W] to [N, out_channels, ceil(H / stride), ceil(W / stride)]. The input is added where the
-    shapes allow it; in training, drop path drops the branch per example.
+    shapes allow it; in training, drop path drops the branch per example. The whole block is one op, so that hooks on
+    its parts do not run.
     """
 
     def __init__(
