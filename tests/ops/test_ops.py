@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -160,6 +162,37 @@ def test_training_equals_the_twin(name: str, case: Sequence[int], dtype: torch.d
         assert relative_error(bn.running_mean, expected_bn.running_mean) < limit
         assert relative_error(bn.running_var, expected_bn.running_var) < limit
         assert bn.num_batches_tracked == expected_bn.num_batches_tracked
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(2, 4),
+    channels=st.integers(1, 9).map(lambda i: 8 * i),
+    height=st.integers(1, 12),
+    width=st.integers(1, 40),
+    kernel=st.sampled_from([3, 5, 7]),
+    stride=st.sampled_from([1, 2]),
+    same=st.booleans(),
+)
+def test_any_shape_in_training(
+    n: int, channels: int, height: int, width: int, kernel: int, stride: int, same: bool
+) -> None:
+    block = Block.make(8, 8, channels, kernel, stride, same)
+    wide = block.double()
+    x = torch.randn(
+        n, channels, height, width, generator=torch.Generator().manual_seed(height * width)
+    ).requires_grad_()
+    x64 = x.detach().double().requires_grad_()
+    out = call_section(ops.mbconv_section, block, x)
+    out64 = call_section(ops.mbconv_section_eager, wide, x64)
+    # Two or three values a channel can lie close together: BatchNorm then divides rounding errors by their distance.
+    limit = 1e-5 if out64.numel() // channels > 8 else 1e-3
+    assert relative_error(out, out64) < limit
+    grad = torch.randn_like(out64)
+    out.backward(grad.float())
+    out64.backward(grad.float().double())
+    assert relative_error(x.grad, x64.grad) < 10 * limit
+    assert relative_error(block.weights["depthwise"].grad, wide.weights["depthwise"].grad) < 10 * limit
 
 
 @pytest.mark.parametrize("autocast", [False, True])
