@@ -149,8 +149,8 @@ template <class T>
 inline Vec sigmoid(Vec u) {
   const Vec t = u * -1.44269504f;
 #if defined(__AVX512F__)
-  // Splitting, scaling and the reciprocal have instructions of their own: 9 cycles a vector where the portable form
-  // below takes 23 (Zen 4, bf16).
+  // Splitting, scaling and the reciprocal have instructions of their own: the pass `pool` takes 12.5 cycles a vector,
+  // with the portable form below 26 (Zen 4, bf16).
   const __m512 f = _mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT);
   const Vec denominator = 1.f + (Vec)_mm512_scalef_ps((__m512)exp2_fraction<T>((Vec)f), _mm512_sub_ps((__m512)t, f));
   if constexpr (sizeof(T) == 2) return (Vec)_mm512_rcp14_ps((__m512)denominator);
