@@ -57,8 +57,8 @@ def randomize_batch_norm(model: nn.Module, images: Tensor) -> None:
 def test_equal_logits_and_exact_round_trip(variant: str, source: Source) -> None:
     torch.manual_seed(0)
     # Both even and odd sizes occur on the way down: a stride of 2 pads them differently.
-    images = torch.randn(4, 3, 64, 52)
-    theirs = source.build(variant)
+    images = torch.randn(4, 3, 64, 52).contiguous(memory_format=torch.channels_last)
+    theirs = source.build(variant).to(memory_format=torch.channels_last)  # the layout that our blocks compute in
     randomize_batch_norm(theirs, images)
     state = theirs.state_dict()
 
