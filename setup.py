@@ -1,6 +1,7 @@
 """Compiles the native extensions; everything else about the package is in pyproject.toml."""
 
 import platform
+from glob import glob
 
 import torch
 from setuptools import Extension, setup
@@ -17,11 +18,10 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 
 def cpu_passes(isa: str) -> Extension:
-    headers = ("depthwise", "depthwise_backward", "passes", "pointwise", "simd", "tensors")
     return CppExtension(
         f"effnet_fast._cpu_{isa}",
         [f"csrc/cpu/{isa}.cpp"],
-        depends=[f"csrc/cpu/{header}.h" for header in headers],
+        depends=sorted(glob("csrc/cpu/*.h")),
         # The stable ABI of torch 2.11: one build serves that and every later torch.
         define_macros=[("TORCH_TARGET_VERSION", "0x020b000000000000")],
         extra_compile_args=["-O3", "-g0", "-std=c++20", *ISA_FLAGS[isa]],

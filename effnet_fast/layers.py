@@ -52,7 +52,11 @@ class ConvBN(nn.Module):
         self.act = act
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.bn_act(self.conv(x), ops.BatchNorm.of(self.bn), silu=self.act)
+        bn = ops.BatchNorm.of(self.bn)
+        if self.conv.groups > 1:
+            return ops.bn_act(self.conv(x), bn, silu=self.act)
+        same = isinstance(self.conv, Conv2dSame)
+        return ops.conv_bn_act(x, self.conv.weight, bn, stride=self.conv.stride[0], same=same, silu=self.act)
 
 
 class SqueezeExcite(nn.Module):

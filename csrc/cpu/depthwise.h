@@ -3,26 +3,14 @@
 // zero columns as padding, so that the inner loop reads consecutive memory and has no edges.
 #pragma once
 
-#include "tensors.h"
+#include "window.h"
 
 namespace effnet_fast {
 
-// Where a depthwise convolution reads: output (oh, ow) covers input rows oh * stride - pad_h + [0, kernel).
-struct Window {
-  int64_t kernel, stride, pad_h, pad_w, out_h, out_w;
-};
-
-inline Window make_window(const Shape& s, const Tensor& weight, int64_t stride, bool same) {
+inline Window depthwise_window(const Shape& s, const Tensor& weight, int64_t stride, bool same) {
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) == s.c && weight.size(1) == 1 && weight.size(2) == weight.size(3),
                   "weight: must be [", s.c, ", 1, k, k]");
-  const int64_t k = weight.size(2);
-  STD_TORCH_CHECK(k == 3 || k == 5 || k == 7, "weight: got a kernel of ", k, ", must be 3, 5 or 7");
-  STD_TORCH_CHECK(stride == 1 || stride == 2, "stride: got ", stride, ", must be 1 or 2");
-  if (!same) return {k, stride, k / 2, k / 2, (s.h - 1) / stride + 1, (s.w - 1) / stride + 1};
-  const int64_t out_h = (s.h + stride - 1) / stride, out_w = (s.w + stride - 1) / stride;
-  const int64_t total_h = std::max<int64_t>((out_h - 1) * stride + k - s.h, 0);
-  const int64_t total_w = std::max<int64_t>((out_w - 1) * stride + k - s.w, 0);
-  return {k, stride, total_h / 2, total_w / 2, out_h, out_w};
+  return make_window(s.h, s.w, weight.size(2), stride, same);
 }
 
 // Calls f.template operator()<K, S>().
@@ -208,7 +196,7 @@ struct StatisticsSink {
 std::tuple<Tensor, Tensor, Tensor> dwconv_stats(const Tensor& x, const Tensor& weight, const OptionalTensor& scale,
                                                 const OptionalTensor& shift, int64_t stride, bool same) {
   const Shape s = check_nhwc(x, "x");
-  const Window win = make_window(s, weight, stride, same);
+  const Window win = depthwise_window(s, weight, stride, same);
   const InputAffine affine(scale, shift, s.c);
   const DepthwiseTasks tasks(s, forward_bytes_per_vector(s, win));
   const std::vector<float> packed = pack_depthwise(weight, s, win.kernel * win.kernel);
@@ -266,7 +254,7 @@ std::tuple<Tensor, Tensor> dwconv_affine(const Tensor& x, const Tensor& weight, 
                                          const OptionalTensor& in_shift, const Tensor& scale, const Tensor& shift,
                                          int64_t stride, bool same) {
   const Shape s = check_nhwc(x, "x");
-  const Window win = make_window(s, weight, stride, same);
+  const Window win = depthwise_window(s, weight, stride, same);
   const InputAffine affine(in_scale, in_shift, s.c);
   const float *sc = check_floats(scale, "scale", s.c), *sh = check_floats(shift, "shift", s.c);
   const DepthwiseTasks tasks(s, forward_bytes_per_vector(s, win));

@@ -4,17 +4,11 @@
 #pragma once
 
 #include "depthwise.h"
+#include "output_grad.h"
 
 namespace effnet_fast {
 
-// Gradient of the convolution's output y: du * scale + (y - mean) * b + a with
-// du = (grad * gate + pooled_grad) * SiLU'(y * scale + shift); just grad when scale is null.
-struct OutputGrad {
-  const float *scale, *shift, *mean, *a, *b;  // [C]
-  const float *gate, *pooled_grad;            // [N, C] or null
-};
-
-// Writes one row of it for the channels from c on into a row of the ring.
+// Writes one row of the output's gradient for the channels from c on into a row of the ring.
 template <class T, class Lanes>
 inline void fill_grad_row(const T* grad, const T* y, int64_t width, int64_t channels, int64_t n, int64_t c, Lanes lanes,
                           const OutputGrad& op, float* to) {
@@ -22,15 +16,9 @@ inline void fill_grad_row(const T* grad, const T* y, int64_t width, int64_t chan
     for (int64_t i = 0; i < width; ++i) store(to + i * kLanes, load(grad + i * channels, lanes));
     return;
   }
-  const Vec scale = load(op.scale + c, lanes), shift = load(op.shift + c, lanes), mean = load(op.mean + c, lanes);
-  const Vec offset = load(op.a + c, lanes), factor = load(op.b + c, lanes);
-  const Vec gate = op.gate ? load(op.gate + n * channels + c, lanes) : broadcast(1.f);
-  const Vec pooled = op.pooled_grad ? load(op.pooled_grad + n * channels + c, lanes) : Vec{};
-  for (int64_t i = 0; i < width; ++i) {
-    const Vec value = load(y + i * channels, lanes), u = value * scale + shift, s = sigmoid<T>(u);
-    const Vec du = (load(grad + i * channels, lanes) * gate + pooled) * silu_slope(s, u * s);
-    store(to + i * kLanes, du * scale + (value - mean) * factor + offset);
-  }
+  const auto output_grad = op.of<T>(n, channels, c, lanes);
+  for (int64_t i = 0; i < width; ++i)
+    store(to + i * kLanes, output_grad(load(grad + i * channels, lanes), load(y + i * channels, lanes)));
 }
 
 // The BatchNorm + SiLU between the input x and the convolution, or nulls.
@@ -217,18 +205,13 @@ std::tuple<Tensor, Tensor, Tensor> backward_dwconv(
     const OptionalTensor& in_shift, const OptionalTensor& in_mean, const OptionalTensor& in_rstd, int64_t stride,
     bool same) {
   const Shape s = check_nhwc(x, "x");
-  const Window win = make_window(s, weight, stride, same);
+  const Window win = depthwise_window(s, weight, stride, same);
   const Shape out = check_nhwc(grad, "grad");
   STD_TORCH_CHECK(out.n == s.n && out.c == s.c && out.h == win.out_h && out.w == win.out_w,
                   "grad: must have the shape of the convolution's output");
   STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type(), "grad: must have the dtype of x");
   if (y) check_like(*y, "y", grad, "grad");
-  const OutputGrad output_grad{check_floats(scale, "scale", s.c),      check_floats(shift, "shift", s.c),
-                               check_floats(mean, "mean", s.c),        check_floats(a, "a", s.c),
-                               check_floats(b, "b", s.c),              check_floats(gate, "gate", s.c, s.n),
-                               check_floats(pooled_grad, "pooled_grad", s.c, s.n)};
-  STD_TORCH_CHECK(!output_grad.scale || (y && output_grad.shift && output_grad.mean && output_grad.a && output_grad.b),
-                  "scale: needs y, shift, mean, a and b as well");
+  const OutputGrad output_grad(scale, shift, mean, gate, pooled_grad, a, b, true, y.has_value(), s);
   const InputNorm norm{check_floats(in_scale, "in_scale", s.c), check_floats(in_shift, "in_shift", s.c),
                        check_floats(in_mean, "in_mean", s.c), check_floats(in_rstd, "in_rstd", s.c)};
   STD_TORCH_CHECK(!norm.scale || (norm.shift && norm.mean && norm.rstd),

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "depthwise_backward.h"
+#include "elementwise.h"
 #include "pointwise.h"
 
 STABLE_TORCH_LIBRARY_IMPL(effnet_fast, CPU, m) {
@@ -17,6 +18,10 @@ STABLE_TORCH_LIBRARY_IMPL(effnet_fast, CPU, m) {
   m.impl("backward_dwconv", TORCH_BOX(&effnet_fast::backward_dwconv));
   m.impl("backward_apply", TORCH_BOX(&effnet_fast::backward_apply));
   m.impl("dwconv_affine", TORCH_BOX(&effnet_fast::dwconv_affine));
+  m.impl("patches", TORCH_BOX(&effnet_fast::patches));
+  m.impl("pointwise_stats", TORCH_BOX(&effnet_fast::pointwise_stats));
+  m.impl("pointwise_affine", TORCH_BOX(&effnet_fast::pointwise_affine));
+  m.impl("backward_pointwise", TORCH_BOX(&effnet_fast::backward_pointwise));
 }
 
 // Importing the module registers the passes; it has nothing else to offer.

@@ -1,227 +1,380 @@
-// The passes that touch each element once: statistics, pooling, activation, and their backward.
+// 1x1 convolutions as matrix products over blocks of pixels in cache. What stands before a product (BatchNorm, SiLU, gate)
+// is done as its operand is formed, what follows (statistics, sums) on its result before that leaves the cache.
 #pragma once
 
-#include <array>
-
-#include "tensors.h"
+#include "matmul.h"
+#include "output_grad.h"
+#include "window.h"
 
 namespace effnet_fast {
 
-// A task of the reducing passes is one image and a group of channels: whole images when they are enough to go round,
-// else the channels are split. Every channel sees its pixels in the same order either way.
-struct ImageTasks {
-  int64_t images, groups, vectors;
-  ImageTasks(const Shape& s) : images(s.n), vectors(s.vectors()) {
-    const int64_t threads = torch::stable::get_num_threads();
-    groups = std::min<int64_t>(vectors, (threads + std::max<int64_t>(images, 1) - 1) / std::max<int64_t>(images, 1));
+// Pixels that are formed, multiplied and emitted together.
+constexpr int64_t kBlockRows = 64;
+
+struct Block {
+  int64_t chunk, image, pixel, rows;
+  bool first, last;  // of its chunk
+};
+
+// A task of a product is a chunk of one image's pixels. The cut follows from the shape alone, so that sums over chunks do
+// not depend on the number of threads.
+struct PixelChunks {
+  int64_t pixels, per_image, count;
+
+  explicit PixelChunks(const Shape& s) : pixels(s.pixels()) {
+    const int64_t size = std::clamp<int64_t>(s.n * pixels / 64, kBlockRows, 16 * kBlockRows);
+    per_image = (pixels + size - 1) / size;
+    count = s.n * per_image;
   }
+  int64_t begin(int64_t chunk) const { return pixels * (chunk % per_image) / per_image; }
+  int64_t end(int64_t chunk) const { return pixels * (chunk % per_image + 1) / per_image; }
+  int64_t size(int64_t chunk) const { return end(chunk) - begin(chunk); }
+
   template <class F>
-  void run(const F& f) const {
-    for_each_task(images * groups, [&](int64_t task) {
-      const int64_t image = task / groups, group = task % groups;
-      f(image, vectors * group / groups, vectors * (group + 1) / groups);
-    });
+  void for_each_block(int64_t chunk, const F& f) const {
+    for (int64_t pixel = begin(chunk); pixel < end(chunk); pixel += kBlockRows) {
+      const int64_t rows = std::min(kBlockRows, end(chunk) - pixel);
+      f(Block{chunk, chunk / per_image, pixel, rows, pixel == begin(chunk), pixel + rows == end(chunk)});
+    }
   }
 };
 
-// Pixels that a reducing pass keeps in the first-level cache while it walks over their channels.
-constexpr int64_t kTile = 32;
-
-// Sums `Sums` values per channel over the pixels of one image. f(c, lanes) loads what it needs of the channels from c on
-// and returns the body that a pixel's vector is given to: body(element offset, accumulators).
-template <int Sums, class F>
-inline void reduce_pixels(const Shape& s, int64_t v_begin, int64_t v_end, float* const* out, const F& f) {
-  for (int64_t tile = 0; tile < s.pixels(); tile += kTile) {
-    const int64_t end = std::min(s.pixels(), tile + kTile);
-    for (int64_t v = v_begin; v < v_end; ++v)
-      with_lanes(v, s.c, [&](auto lanes) {
-        const int64_t c = v * kLanes;
-        const auto body = f(c, lanes);
-        Vec acc[Sums] = {};
-        for (int64_t p = tile; p < end; ++p) body(p * s.c + c, acc);
-        for (int i = 0; i < Sums; ++i) {
-          float* sum = out[i] + c;
-          store(sum, tile == 0 ? acc[i] : load(sum, lanes) + acc[i], lanes);
-        }
-      });
-  }
+inline void check_pointwise(const Tensor& weight, const Shape& s) {
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(1) == s.c && weight.size(2) == 1 && weight.size(3) == 1,
+                  "weight: must be [C_out, ", s.c, ", 1, 1]");
+  STD_TORCH_CHECK(weight.size(0) % 8 == 0, "weight: got ", weight.size(0), " output channels, must be a multiple of 8");
+  STD_TORCH_CHECK(weight.is_contiguous() || weight.numel() == weight.size(0) * s.c, "weight: must be contiguous");
 }
 
-std::tuple<Tensor, Tensor> channel_stats(const Tensor& x) {
-  const Shape s = check_nhwc(x, "x");
-  Tensor mean = empty_floats({s.c}), m2 = empty_floats({s.c});
-  Tensor means = empty_floats({s.n, s.c}), m2s = empty_floats({s.n, s.c});
-  dispatch(x, "x", [&](auto* type) {
+// Weights of any storage type as floats.
+inline std::vector<float> as_floats(const Tensor& weight) {
+  std::vector<float> values(weight.numel());
+  dispatch(weight, "weight", [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const T* data = (const T*)x.const_data_ptr();
-    ImageTasks(s).run([&](int64_t n, int64_t v_begin, int64_t v_end) {
-      const T* image = data + n * s.pixels() * s.c;
-      float *mean_n = floats(means) + n * s.c, *m2_n = floats(m2s) + n * s.c;
-      float* const sums[2] = {mean_n, m2_n};
-      // shifted by the image's first pixel, so that a large mean does not cancel in the squares
-      reduce_pixels<2>(s, v_begin, v_end, sums, [&](int64_t c, auto lanes) {
-        return [=, first = load(image + c, lanes)](int64_t at, Vec* acc) {
-          const Vec d = load(image + at, lanes) - first;
-          acc[0] += d;
-          acc[1] += d * d;
-        };
-      });
-      const float count = (float)s.pixels();
-      for (int64_t c = v_begin * kLanes; c < std::min(s.c, v_end * kLanes); ++c) {
-        T first[kLanes] = {image[c]};
-        const float d = mean_n[c] / count;
-        m2_n[c] -= mean_n[c] * d;
-        mean_n[c] = load(first)[0] + d;
-      }
-    });
-  });
-  combine_moments(floats(means), floats(m2s), s.pixels() > 0 ? s.n : 0, s.c, [&](int64_t) { return s.pixels(); },
-                  floats(mean), floats(m2));
-  return {mean, m2};
-}
-
-Tensor pool(const Tensor& y, const Tensor& scale, const Tensor& shift, bool silu_) {
-  const Shape s = check_nhwc(y, "y");
-  const float *sc = check_floats(scale, "scale", s.c), *sh = check_floats(shift, "shift", s.c);
-  Tensor out = torch::stable::new_zeros(scale, {s.n, s.c});
-  dispatch(y, "y", [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    const T* data = (const T*)y.const_data_ptr();
-    ImageTasks(s).run([&](int64_t n, int64_t v_begin, int64_t v_end) {
-      const T* image = data + n * s.pixels() * s.c;
-      float* const sums[1] = {floats(out) + n * s.c};
-      reduce_pixels<1>(s, v_begin, v_end, sums, [&](int64_t c, auto lanes) {
-        return [=, scale = load(sc + c, lanes), shift = load(sh + c, lanes)](int64_t at, Vec* acc) {
-          const Vec u = load(image + at, lanes) * scale + shift;
-          acc[0] += silu_ ? silu<T>(u) : u;
-        };
-      });
-    });
-  });
-  return out;
-}
-
-// Visits every vector of a tensor, in parallel over blocks of pixels. f(image, c, lanes) loads what it needs of the
-// channels from c on and returns the body that is given element offsets. A block is short, so that its rows are read as
-// parallel streams, and long enough to share the loaded operands.
-template <class F>
-inline void for_each_vector(const Shape& s, const F& f) {
-  constexpr int64_t kBlock = 8;
-  const int64_t blocks = (s.pixels() + kBlock - 1) / kBlock;
-  const int64_t grain = std::max<int64_t>(1, 2048 / std::max<int64_t>(s.c, 1));
-  torch::stable::parallel_for(0, s.n * blocks, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t n = block / blocks, first = n * s.pixels() + block % blocks * kBlock;
-      const int64_t last = std::min(first + kBlock, (n + 1) * s.pixels());
-      for (int64_t v = 0; v < s.vectors(); ++v)
-        with_lanes(v, s.c, [&](auto lanes) {
-          const int64_t c = v * kLanes;
-          const auto body = f(n, c, lanes);
-          for (int64_t p = first; p < last; ++p) body(p * s.c + c);
-        });
+    const T* from = (const T*)weight.const_data_ptr();
+    for (int64_t i = 0; i < weight.numel(); i += kLanes) {
+      const int lanes = (int)std::min<int64_t>(kLanes, weight.numel() - i);
+      store(&values[i], load(from + i, lanes), lanes);
     }
   });
+  return values;
 }
 
-Tensor apply(const Tensor& y, const Tensor& scale, const Tensor& shift, bool silu_, const OptionalTensor& gate,
-             const OptionalTensor& residual) {
-  const Shape s = check_nhwc(y, "y");
-  const float *sc = check_floats(scale, "scale", s.c), *sh = check_floats(shift, "shift", s.c);
-  const float* g = check_floats(gate, "gate", s.c, s.n);
-  if (residual) check_like(*residual, "residual", y, "y");
-  Tensor out = empty_nhwc(s, y.scalar_type());
-  dispatch(y, "y", [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    const T* in = (const T*)y.const_data_ptr();
-    const T* res = residual ? (const T*)residual->const_data_ptr() : nullptr;
-    T* o = (T*)out.mutable_data_ptr();
-    for_each_vector(s, [&](int64_t n, int64_t c, auto lanes) {
-      const Vec scale = load(sc + c, lanes), shift = load(sh + c, lanes);
-      const Vec factor = g ? load(g + n * s.c + c, lanes) : broadcast(1.f);
-      return [=](int64_t at) {
-        Vec z = load(in + at, lanes) * scale + shift;
-        if (silu_) z = silu<T>(z);
-        z *= factor;
-        if (res) z += load(res + at, lanes);
-        store(o + at, z, lanes);
-      };
+// What is done to the input of a product on load: SiLU(x * scale + shift), times gate; either may be missing.
+struct GatedInput {
+  const float *scale, *shift;  // [C]
+  const float* gate;           // [N, C]
+
+  GatedInput(const OptionalTensor& scale_, const OptionalTensor& shift_, const OptionalTensor& gate_, const Shape& s)
+      : scale(check_floats(scale_, "scale", s.c)), shift(check_floats(shift_, "shift", s.c)),
+        gate(check_floats(gate_, "gate", s.c, s.n)) {
+    STD_TORCH_CHECK(!scale == !shift, scale ? "shift" : "scale", ": must be given with ", scale ? "scale" : "shift");
+  }
+};
+
+// Writes a block of pixels as rows of words.
+template <class T>
+inline void form_rows(const T* x, const Shape& s, const Block& block, const GatedInput& input, float* rows,
+                      int64_t row_words) {
+  for (int64_t v = 0; v < s.vectors(); ++v)
+    with_lanes(v, s.c, [&](auto lanes) {
+      const int64_t c = v * kLanes;
+      const Vec gate = input.gate ? load(input.gate + block.image * s.c + c, lanes) : broadcast(1.f);
+      const T* from = x + (block.image * s.pixels() + block.pixel) * s.c + c;
+      if (!input.scale) {
+        for (int64_t r = 0; r < block.rows; ++r)
+          Words<T>::store_row(rows + r * row_words, c, load(from + r * s.c, lanes) * gate);
+        return;
+      }
+      const Vec scale = load(input.scale + c, lanes), shift = load(input.shift + c, lanes);
+      for (int64_t r = 0; r < block.rows; ++r)
+        Words<T>::store_row(rows + r * row_words, c, silu<T>(load(from + r * s.c, lanes) * scale + shift) * gate);
     });
-  });
-  return out;
 }
 
-Tensor backward_sums(const Tensor& grad, const Tensor& y, const Tensor& scale, const Tensor& shift, const Tensor& mean,
-                     const Tensor& rstd, bool silu_) {
-  check_like(grad, "grad", y, "y");
-  const Shape s = check_nhwc(y, "y");
-  const float *sc = check_floats(scale, "scale", s.c), *sh = check_floats(shift, "shift", s.c);
-  const float *mu = check_floats(mean, "mean", s.c), *r = check_floats(rstd, "rstd", s.c);
-  const int64_t sums = silu_ ? 5 : 2;
-  Tensor out = torch::stable::new_zeros(scale, {sums, s.n, s.c});
-  dispatch(y, "y", [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    const T *g = (const T*)grad.const_data_ptr(), *in = (const T*)y.const_data_ptr();
-    ImageTasks(s).run([&](int64_t n, int64_t v_begin, int64_t v_end) {
-      const int64_t image = n * s.pixels() * s.c;
-      float* sum[5];
-      for (int64_t i = 0; i < sums; ++i) sum[i] = floats(out) + (i * s.n + n) * s.c;
-      const auto operands = [&](int64_t c, auto lanes) {
-        return std::array{load(sc + c, lanes), load(sh + c, lanes), load(mu + c, lanes), load(r + c, lanes)};
-      };
-      if (silu_)
-        reduce_pixels<5>(s, v_begin, v_end, sum, [&](int64_t c, auto lanes) {
-          return [=, ops = operands(c, lanes)](int64_t at, Vec* acc) {
-            const auto [scale, shift, mean, rstd] = ops;
-            const Vec dz = load(g + image + at, lanes), value = load(in + image + at, lanes);
-            const Vec u = value * scale + shift, hat = (value - mean) * rstd;
-            const Vec sig = sigmoid<T>(u), z = u * sig, slope = silu_slope(sig, z), du = dz * slope;
-            acc[0] += dz * z;
-            acc[1] += du;
-            acc[2] += slope;
-            acc[3] += du * hat;
-            acc[4] += slope * hat;
-          };
-        });
-      else
-        reduce_pixels<2>(s, v_begin, v_end, sum, [&](int64_t c, auto lanes) {
-          return [=, ops = operands(c, lanes)](int64_t at, Vec* acc) {
-            const Vec dz = load(g + image + at, lanes);
-            acc[0] += dz;
-            acc[1] += dz * ((load(in + image + at, lanes) - ops[2]) * ops[3]);
-          };
-        });
-    });
-  });
-  return out;
-}
-
-Tensor backward_apply(const Tensor& grad, const Tensor& y, const Tensor& scale, const Tensor& shift, const Tensor& mean,
-                      bool silu_, const OptionalTensor& gate, const OptionalTensor& pooled_grad, const Tensor& a,
-                      const Tensor& b) {
-  check_like(grad, "grad", y, "y");
-  const Shape s = check_nhwc(y, "y");
-  const float *sc = check_floats(scale, "scale", s.c), *sh = check_floats(shift, "shift", s.c);
-  const float *mu = check_floats(mean, "mean", s.c), *ca = check_floats(a, "a", s.c), *cb = check_floats(b, "b", s.c);
-  const float *gt = check_floats(gate, "gate", s.c, s.n), *pg = check_floats(pooled_grad, "pooled_grad", s.c, s.n);
-  Tensor out = empty_nhwc(s, y.scalar_type());
-  dispatch(y, "y", [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    const T *g = (const T*)grad.const_data_ptr(), *in = (const T*)y.const_data_ptr();
-    T* o = (T*)out.mutable_data_ptr();
-    for_each_vector(s, [&](int64_t n, int64_t c, auto lanes) {
-      const Vec scale = load(sc + c, lanes), shift = load(sh + c, lanes), center = load(mu + c, lanes);
-      const Vec offset = load(ca + c, lanes), factor_b = load(cb + c, lanes);
-      const Vec factor = gt ? load(gt + n * s.c + c, lanes) : broadcast(1.f);
-      const Vec pooled = pg ? load(pg + n * s.c + c, lanes) : Vec{};
-      return [=](int64_t at) {
-        const Vec value = load(in + at, lanes);
-        Vec du = load(g + at, lanes) * factor + pooled;
-        if (silu_) {
-          const Vec u = value * scale + shift, sig = sigmoid<T>(u);
-          du *= silu_slope(sig, u * sig);
+// The product of all pixels with packed weights. emit(block, vector, sums, stride, state) takes a block's results for a
+// vector of output channels, `stride` floats apart, and 3 * kLanes floats of its own that live as long as the chunk.
+template <class T, class Emit>
+inline void multiply_pixels(const T* x, const Shape& s, const GatedInput& input, const Tensor& panels, int64_t columns,
+                            const PixelChunks& chunks, const Emit& emit) {
+  using W = Words<T>;
+  constexpr int64_t kMinTasks = 8;
+  const int64_t words = s.c / W::kDepth, row_words = padded_row(s.c), vectors = (columns + kLanes - 1) / kLanes;
+  const int64_t count = (vectors + kPanelVectors - 1) / kPanelVectors;
+  // too few pixels to go round (a batch of one): the output channels are split as well
+  const int64_t groups = std::clamp<int64_t>(kMinTasks / std::max<int64_t>(chunks.count, 1), 1, count);
+  for_each_task(chunks.count * groups, [&](int64_t task) {
+    const int64_t group = task % groups;
+    float* rows = scratch(kBlockRows * (row_words + kPanelColumns) + vectors * 3 * kLanes);
+    float* sums = rows + kBlockRows * row_words;
+    float* state = sums + kBlockRows * kPanelColumns;
+    chunks.for_each_block(task / groups, [&](const Block& block) {
+      form_rows(x, s, block, input, rows, row_words);
+      for_each_panel(count * group / groups, count * (group + 1) / groups, vectors, [&]<int V>(int64_t panel) {
+        multiply_panel<W, V>(block.rows, words, rows, row_words, 1, floats(panels) + panel * kPanelColumns * words,
+                             V * kLanes, sums, V * kLanes, false);
+        for (int v = 0; v < V; ++v) {
+          const int64_t vector = panel * kPanelVectors + v;
+          emit(block, vector, sums + v * kLanes, V * kLanes, state + vector * 3 * kLanes);
         }
-        store(o + at, du * scale + (value - center) * factor_b + offset, lanes);
+      });
+    });
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> pointwise_stats(const Tensor& x, const Tensor& weight, const OptionalTensor& scale,
+                                                   const OptionalTensor& shift, const OptionalTensor& gate) {
+  const Shape s = check_nhwc(x, "x");
+  check_pointwise(weight, s);
+  const GatedInput input(scale, shift, gate, s);
+  const int64_t channels = weight.size(0);
+  const std::vector<float> w = as_floats(weight);
+  const PixelChunks chunks(s);
+  Tensor y = empty_nhwc({s.n, channels, s.h, s.w}, x.scalar_type());
+  Tensor mean = empty_floats({channels}), m2 = empty_floats({channels});
+  Tensor means = empty_floats({chunks.count, channels}), m2s = empty_floats({chunks.count, channels});
+  dispatch(x, "x", [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    T* out = (T*)y.mutable_data_ptr();
+    const Tensor panels = pack_panels<Words<T>>(w.data(), s.c, channels, 1, s.c);
+    const auto emit = [&](const Block& block, int64_t vector, const float* from, int64_t stride, float* state) {
+      with_lanes(vector, channels, [&](auto lanes) {
+        const int64_t c = vector * kLanes;
+        T* to = out + (block.image * s.pixels() + block.pixel) * channels + c;
+        // around the chunk's first value, so that a large mean does not cancel in the squares
+        const Vec center = block.first ? load(from) : load(state);
+        Vec sum = block.first ? Vec{} : load(state + kLanes), square = block.first ? Vec{} : load(state + 2 * kLanes);
+        for (int64_t r = 0; r < block.rows; ++r) {
+          const Vec value = load(from + r * stride), d = value - center;
+          store(to + r * channels, value, lanes);
+          sum += d;
+          square += d * d;
+        }
+        if (block.last) {
+          const Vec d = sum / (float)chunks.size(block.chunk);
+          store(floats(means) + block.chunk * channels + c, center + d, lanes);
+          store(floats(m2s) + block.chunk * channels + c, square - sum * d, lanes);
+        } else {
+          store(state, center);
+          store(state + kLanes, sum);
+          store(state + 2 * kLanes, square);
+        }
+      });
+    };
+    multiply_pixels((const T*)x.const_data_ptr(), s, input, panels, channels, chunks, emit);
+  });
+  combine_moments(floats(means), floats(m2s), chunks.count, channels, [&](int64_t chunk) { return chunks.size(chunk); },
+                  floats(mean), floats(m2));
+  return {y, mean, m2};
+}
+
+Tensor pointwise_affine(const Tensor& x, const Tensor& weight, const OptionalTensor& gate, const Tensor& scale,
+                        const Tensor& shift, bool silu_, const OptionalTensor& residual) {
+  const Shape s = check_nhwc(x, "x");
+  check_pointwise(weight, s);
+  const GatedInput input(std::nullopt, std::nullopt, gate, s);
+  const int64_t channels = weight.size(0);
+  const float *sc = check_floats(scale, "scale", channels), *sh = check_floats(shift, "shift", channels);
+  const std::vector<float> w = as_floats(weight);
+  Tensor z = empty_nhwc({s.n, channels, s.h, s.w}, x.scalar_type());
+  if (residual) check_like(*residual, "residual", z, "the output");
+  dispatch(x, "x", [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    T* out = (T*)z.mutable_data_ptr();
+    const T* res = residual ? (const T*)residual->const_data_ptr() : nullptr;
+    const Tensor panels = pack_panels<Words<T>>(w.data(), s.c, channels, 1, s.c);
+    const auto emit = [&](const Block& block, int64_t vector, const float* from, int64_t stride, float*) {
+      with_lanes(vector, channels, [&](auto lanes) {
+        const int64_t c = vector * kLanes, first = (block.image * s.pixels() + block.pixel) * channels + c;
+        const Vec scale = load(sc + c, lanes), shift = load(sh + c, lanes);
+        for (int64_t r = 0; r < block.rows; ++r) {
+          const int64_t at = first + r * channels;
+          Vec value = load(from + r * stride) * scale + shift;
+          if (silu_) value = silu<T>(value);
+          if (res) value += load(res + at, lanes);
+          store(out + at, value, lanes);
+        }
+      });
+    };
+    multiply_pixels((const T*)x.const_data_ptr(), s, input, panels, channels, PixelChunks(s), emit);
+  });
+  return z;
+}
+
+// The BatchNorm + SiLU and the gate between a product's input x and the product; scale is null if there are none.
+struct InputActivation {
+  const float *scale, *shift, *mean, *rstd;  // [C]
+  const float* gate;                         // [N, C] or null
+};
+
+// Writes the output's gradient for a block of pixels as rows of words, and again with words that pair neighbouring rows
+// (the same memory where a word is one float).
+template <class T>
+inline void form_grad_rows(const T* grad, const T* y, const Shape& s, const Block& block, const OutputGrad& op,
+                           float* rows, float* row_pairs, int64_t row_words) {
+  using W = Words<T>;
+  for (int64_t v = 0; v < s.vectors(); ++v)
+    with_lanes(v, s.c, [&](auto lanes) {
+      const int64_t c = v * kLanes, first = (block.image * s.pixels() + block.pixel) * s.c + c;
+      const auto write = [&](const auto& value) {
+        for (int64_t r = 0; r < block.rows; r += W::kDepth) {
+          Vec d[2] = {};
+          for (int i = 0; i < W::kDepth && r + i < block.rows; ++i) {
+            d[i] = value(first + (r + i) * s.c);
+            W::store_row(rows + (r + i) * row_words, c, d[i]);
+          }
+          if constexpr (W::kDepth > 1) store(row_pairs + r / W::kDepth * row_words + c, W::pair(d[0], d[1]));
+        }
       };
+      if (!op.scale) return write([&](int64_t at) { return load(grad + at, lanes); });
+      write([&, dy = op.of<T>(block.image, s.c, c, lanes)](int64_t at) {
+        return dy(load(grad + at, lanes), load(y + at, lanes));
+      });
+    });
+}
+
+// What the input's side of a product does with a block's result for the channels from c on: stores the input's gradient
+// (plus residual), sums what the input's BatchNorm and gate need, and writes the activated input as words that pair rows.
+template <class T, class Lanes>
+inline void emit_input_grad(const float* from, int64_t stride, const T* x, const T* residual, const Shape& s,
+                            const Block& block, int64_t c, Lanes lanes, const InputActivation& op, T* dx, float* sums,
+                            float* activated) {
+  using W = Words<T>;
+  const int64_t first = (block.image * s.pixels() + block.pixel) * s.c + c;
+  const auto each = [&](const auto& row) {
+    for (int64_t r = 0; r < block.rows; r += W::kDepth) {
+      Vec value[2] = {};
+      for (int i = 0; i < W::kDepth && r + i < block.rows; ++i)
+        value[i] = row(first + (r + i) * s.c, load(from + (r + i) * stride));
+      store(activated + r / W::kDepth * stride, W::pair(value[0], value[1]));
+    }
+  };
+  if (!op.scale)
+    return each([&](int64_t at, Vec grad) {
+      store(dx + at, residual ? grad + load(residual + at, lanes) : grad, lanes);
+      return load(x + at, lanes);
+    });
+  const Vec scale = load(op.scale + c, lanes), shift = load(op.shift + c, lanes);
+  const Vec mean = load(op.mean + c, lanes), rstd = load(op.rstd + c, lanes);
+  const Vec gate = op.gate ? load(op.gate + block.image * s.c + c, lanes) : broadcast(1.f);
+  Vec sum[5];
+  for (int i = 0; i < 5; ++i) sum[i] = load(sums + i * s.c + c, lanes);
+  each([&](int64_t at, Vec grad) {
+    store(dx + at, grad, lanes);
+    grad = load(dx + at, lanes);  // as rounded
+    const Vec value = load(x + at, lanes), u = value * scale + shift, hat = (value - mean) * rstd;
+    const Vec sig = sigmoid<T>(u), z = u * sig, slope = silu_slope(sig, z), du = grad * slope;
+    sum[0] += grad * z;
+    sum[1] += du;
+    sum[2] += slope;
+    sum[3] += du * hat;
+    sum[4] += slope * hat;
+    return z * gate;
+  });
+  for (int i = 0; i < 5; ++i) store(sums + i * s.c + c, sum[i], lanes);
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward_pointwise(
+    const Tensor& grad, const OptionalTensor& y, const Tensor& x, const Tensor& weight, const OptionalTensor& scale,
+    const OptionalTensor& shift, const OptionalTensor& mean, bool silu_, const OptionalTensor& gate,
+    const OptionalTensor& a, const OptionalTensor& b, const OptionalTensor& in_scale, const OptionalTensor& in_shift,
+    const OptionalTensor& in_mean, const OptionalTensor& in_rstd, const OptionalTensor& in_gate,
+    const OptionalTensor& residual) {
+  const Shape s = check_nhwc(x, "x"), out = check_nhwc(grad, "grad");
+  check_pointwise(weight, s);
+  STD_TORCH_CHECK(out.n == s.n && out.c == weight.size(0) && out.h == s.h && out.w == s.w,
+                  "grad: must have the shape of the convolution's output");
+  STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type(), "grad: must have the dtype of x");
+  if (y) check_like(*y, "y", grad, "grad");
+  if (residual) check_like(*residual, "residual", x, "x");
+  const OutputGrad output_grad(scale, shift, mean, gate, std::nullopt, a, b, silu_, y.has_value(), out);
+  const InputActivation activation{check_floats(in_scale, "in_scale", s.c), check_floats(in_shift, "in_shift", s.c),
+                                   check_floats(in_mean, "in_mean", s.c), check_floats(in_rstd, "in_rstd", s.c),
+                                   check_floats(in_gate, "in_gate", s.c, s.n)};
+  STD_TORCH_CHECK(!activation.scale || (activation.shift && activation.mean && activation.rstd && !residual),
+                  "in_scale: needs in_shift, in_mean and in_rstd as well, and no residual");
+  const std::vector<float> w = as_floats(weight);
+  const PixelChunks chunks(s);
+  // each thread has a weight gradient of its own, summed up in the end
+  const int64_t groups = std::clamp<int64_t>(torch::stable::get_num_threads(), 1, std::max<int64_t>(chunks.count, 1));
+  const int64_t grad_row = s.vectors() * kLanes;
+  Tensor dx = empty_nhwc(s, x.scalar_type()), dweight = empty_floats({out.c, s.c, 1, 1});
+  Tensor partial = torch::stable::new_zeros(dweight, {groups, out.c, grad_row});
+  Tensor chunk_sums = torch::stable::new_zeros(dweight, {chunks.count, 5, activation.scale ? s.c : 0});
+  dispatch(x, "x", [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using W = Words<T>;
+    const int64_t words = out.c / W::kDepth, row_words = padded_row(out.c);
+    const Tensor panels = pack_panels<W>(w.data(), out.c, s.c, s.c, 1);
+    for_each_task(groups, [&](int64_t group) {
+      float* rows = scratch(kBlockRows * (2 * row_words + 2 * kPanelColumns));
+      float* row_pairs = W::kDepth > 1 ? rows + kBlockRows * row_words : rows;
+      float* products = rows + 2 * kBlockRows * row_words;
+      float* activated = products + kBlockRows * kPanelColumns;
+      float* weight_grad = floats(partial) + group * out.c * grad_row;
+      for (int64_t chunk = chunks.count * group / groups; chunk < chunks.count * (group + 1) / groups; ++chunk)
+        chunks.for_each_block(chunk, [&](const Block& block) {
+          form_grad_rows((const T*)grad.const_data_ptr(), y ? (const T*)y->const_data_ptr() : nullptr, out, block,
+                         output_grad, rows, row_pairs, row_words);
+          const int64_t count = (s.vectors() + kPanelVectors - 1) / kPanelVectors;
+          for_each_panel(0, count, s.vectors(), [&]<int V>(int64_t panel) {
+            multiply_panel<W, V>(block.rows, words, rows, row_words, 1, floats(panels) + panel * kPanelColumns * words,
+                                 V * kLanes, products, V * kLanes, false);
+            for (int v = 0; v < V; ++v)
+              with_lanes(panel * kPanelVectors + v, s.c, [&](auto lanes) {
+                emit_input_grad(products + v * kLanes, V * kLanes, (const T*)x.const_data_ptr(),
+                                residual ? (const T*)residual->const_data_ptr() : nullptr, s, block,
+                                (panel * kPanelVectors + v) * kLanes, lanes, activation, (T*)dx.mutable_data_ptr(),
+                                floats(chunk_sums) + block.chunk * 5 * s.c, activated + v * kLanes);
+              });
+            multiply_panel<W, V>(out.c, (block.rows + W::kDepth - 1) / W::kDepth, row_pairs, 1, row_words, activated,
+                                 V * kLanes, weight_grad + panel * kPanelColumns, grad_row, true);
+          });
+        });
+    });
+  });
+  torch::stable::parallel_for(0, out.c, 8, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+      for (int64_t v = 0; v < s.vectors(); ++v)
+        with_lanes(v, s.c, [&](auto lanes) {
+          Vec sum = {};
+          for (int64_t group = 0; group < groups; ++group)
+            sum += load(floats(partial) + (group * out.c + row) * grad_row + v * kLanes);
+          store(floats(dweight) + row * s.c + v * kLanes, sum, lanes);
+        });
+  });
+  const int64_t channels = activation.scale ? s.c : 0;
+  Tensor sums = torch::stable::new_zeros(dweight, {channels ? 5 : 0, s.n, channels});
+  for (int64_t chunk = 0; chunk < chunks.count; ++chunk)
+    for (int64_t i = 0; i < 5; ++i)
+      for (int64_t c = 0; c < channels; ++c)
+        floats(sums)[(i * s.n + chunk / chunks.per_image) * channels + c] +=
+            floats(chunk_sums)[(chunk * 5 + i) * channels + c];
+  return {dx, dweight, sums};
+}
+
+// The pixels under a k x k convolution's window, a row (kh, kw, channel) for each output pixel, followed by zeros up to a
+// multiple of 8: with it a convolution of few channels is a 1x1 convolution.
+Tensor patches(const Tensor& x, int64_t kernel, int64_t stride, bool same) {
+  const Shape s = check_nhwc(x, "x", 1);
+  const Window win = make_window(s.h, s.w, kernel, stride, same);
+  const int64_t depth = (kernel * kernel * s.c + 7) / 8 * 8;
+  Tensor out = empty_nhwc({s.n, depth, win.out_h, win.out_w}, x.scalar_type());
+  dispatch(x, "x", [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const T* from = (const T*)x.const_data_ptr();
+    T* rows = (T*)out.mutable_data_ptr();
+    for_each_task(s.n * win.out_h, [&](int64_t task) {
+      const int64_t n = task / win.out_h, top = task % win.out_h * stride - win.pad_h;
+      T* row = rows + task * win.out_w * depth;
+      std::memset((void*)row, 0, win.out_w * depth * sizeof(T));
+      for (int64_t ow = 0; ow < win.out_w; ++ow, row += depth) {
+        const int64_t left = ow * stride - win.pad_w;
+        const int64_t begin = std::max<int64_t>(left, 0), end = std::min(left + kernel, s.w);
+        for (int64_t kh = std::max<int64_t>(-top, 0); kh < std::min(kernel, s.h - top); ++kh)
+          std::memcpy((void*)(row + (kh * kernel + begin - left) * s.c),
+                      from + ((n * s.h + top + kh) * s.w + begin) * s.c, (end - begin) * s.c * sizeof(T));
+      }
     });
   });
   return out;

@@ -26,12 +26,13 @@ struct Shape {
 
 inline void check_on_cpu(const Tensor& t, const char* name) { STD_TORCH_CHECK(t.is_cpu(), name, ": must be on the CPU"); }
 
-inline Shape check_nhwc(const Tensor& t, const char* name) {
+// channels: of which the tensor's must be a multiple.
+inline Shape check_nhwc(const Tensor& t, const char* name, int64_t channels = 8) {
   check_on_cpu(t, name);
   STD_TORCH_CHECK(t.dim() == 4, name, ": got ", t.dim(), " dimensions, must be 4 (N, C, H, W)");
   const Shape s{t.size(0), t.size(1), t.size(2), t.size(3)};
   STD_TORCH_CHECK(s.h > 0 && s.w > 0, name, ": must have pixels");
-  STD_TORCH_CHECK(s.c % 8 == 0, name, ": got ", s.c, " channels, must be a multiple of 8");
+  STD_TORCH_CHECK(s.c % channels == 0, name, ": got ", s.c, " channels, must be a multiple of ", channels);
   // strides of dimensions of size 1 carry no meaning, and those of an empty tensor none at all
   const int64_t strides[4] = {s.h * s.w * s.c, 1, s.w * s.c, s.c};
   for (int d = 0; d < 4 && t.numel() > 0; ++d)

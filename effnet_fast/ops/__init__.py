@@ -1,6 +1,7 @@
 """Fused operations with autograd, each beside its plain PyTorch twin of the same signature (`<op>_eager`)."""
 
 from effnet_fast.ops.bn_act import bn_act, bn_act_eager
+from effnet_fast.ops.conv_bn_act import conv_bn_act, conv_bn_act_eager
 from effnet_fast.ops.mbconv import mbconv, mbconv_eager
 from effnet_fast.ops.mbconv_section import (
     dwconv_bn_silu,
@@ -16,6 +17,8 @@ __all__ = [
     "SqueezeExcite",
     "bn_act",
     "bn_act_eager",
+    "conv_bn_act",
+    "conv_bn_act_eager",
     "dwconv_bn_silu",
     "dwconv_bn_silu_eager",
     "mbconv",

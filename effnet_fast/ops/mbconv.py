@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from effnet_fast.ops import section as sections
-from effnet_fast.ops.activations import as_activation, channels_last, pointwise, pointwise_grad, refuse_double_backward
+from effnet_fast.ops.activations import as_activation, channels_last, refuse_double_backward
 from effnet_fast.ops.bn_act import branch_gate
 from effnet_fast.ops.normalization import BatchNorm, Norm, batch_norm_grad, batch_stats, values_per_channel
-from effnet_fast.ops.squeeze_excite import SqueezeExcite, gated
+from effnet_fast.ops.squeeze_excite import SqueezeExcite
 from effnet_fast.passes.backend import passes_for, resolve
 from effnet_fast.passes.reference import dwconv
-from effnet_fast.passes.schema import dwconv_output
+from effnet_fast.passes.schema import dwconv_output, pointwise_output
 
 
 def mbconv(
@@ -122,15 +122,15 @@ def _inference(
     branch_scale: Tensor | None,
 ) -> Tensor:
     passes = passes_for(x, w_depthwise.shape[-1], stride)
-    e, in_scale, in_shift = x, None, None
+    expanded = x
     if w_expand is not None and bn1 is not None:
-        e = pointwise(x, w_expand)
-        in_scale, in_shift, _, _ = bn1.running()
-    scale, shift, _, _ = bn2.running()
-    z, pooled = passes.dwconv_affine(e, w_depthwise, in_scale, in_shift, scale, shift, stride, same)
-    p = pointwise(gated(passes, z, se.gate(pooled / (z.shape[2] * z.shape[3]))), w_project)
-    scale, shift, _, _ = bn3.running()
-    return passes.apply(p, scale, shift, False, branch_gate(branch_scale, p), x if residual else None)
+        expanded = passes.pointwise_affine(x, w_expand, None, *bn1.running()[:2], True, None)
+    z, pooled = passes.dwconv_affine(expanded, w_depthwise, None, None, *bn2.running()[:2], stride, same)
+    gate = se.gate(pooled / (z.shape[2] * z.shape[3]))
+    if branch_scale is None:
+        return passes.pointwise_affine(z, w_project, gate, *bn3.running()[:2], False, x if residual else None)
+    p, _, _ = passes.pointwise_stats(z, w_project, None, None, gate)
+    return passes.apply(p, *bn3.running()[:2], False, branch_gate(branch_scale, p), x if residual else None)
 
 
 @torch.library.custom_op("effnet_fast::mbconv", mutates_args=())
@@ -159,13 +159,14 @@ def _mbconv(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """out, e (empty without expansion), y, p, stats1, stats2, stats3, squeeze: see `section.Kept`."""
     passes = passes_for(x, w_depthwise.shape[-1], stride)
-    e, bn1 = x, None
+    e, stats1 = x, None
     if w_expand is not None and bn1_weight is not None and bn1_bias is not None:
-        e, bn1 = pointwise(x, w_expand), (bn1_weight, bn1_bias, bn1_eps)
+        e, *moments = passes.pointwise_stats(x, w_expand, None, None, None)
+        stats1 = batch_stats(moments, bn1_weight, bn1_bias, bn1_eps, values_per_channel(e))
     se = SqueezeExcite(w_se_reduce, b_se_reduce, w_se_expand, b_se_expand)
-    kept = sections.forward(passes, e, bn1, w_depthwise, (bn2_weight, bn2_bias, bn2_eps), se, stride, same)
-    p = pointwise(sections.output(passes, kept), w_project)
-    stats3 = batch_stats(passes.channel_stats(p), bn3_weight, bn3_bias, bn3_eps, values_per_channel(p))
+    kept = sections.forward(passes, e, stats1, w_depthwise, (bn2_weight, bn2_bias, bn2_eps), se, stride, same)
+    p, *moments = passes.pointwise_stats(kept.y, w_project, kept.stats2[0], kept.stats2[1], kept.gate)
+    stats3 = batch_stats(moments, bn3_weight, bn3_bias, bn3_eps, values_per_channel(p))
     gate = branch_gate(branch_scale, p)
     out = passes.apply(p, stats3[0], stats3[1], False, gate, x if residual else None)
     return out, x.new_empty(0) if w_expand is None else e, kept.y, p, kept.stats1, kept.stats2, stats3, kept.squeeze
@@ -176,17 +177,12 @@ def _(
     x, w_expand, bn1_weight, bn1_bias, bn1_eps, w_depthwise, bn2_weight, bn2_bias, bn2_eps, w_se_reduce, b_se_reduce,
     w_se_expand, b_se_expand, w_project, bn3_weight, bn3_bias, bn3_eps, branch_scale, stride, same, residual,
 ):  # fmt: skip
-    e = x if w_expand is None else _fake_pointwise(x, w_expand)
+    e = x if w_expand is None else pointwise_output(x, w_expand)
     y = dwconv_output(e, w_depthwise, stride, same)
-    p = _fake_pointwise(y, w_project)
+    p = pointwise_output(y, w_project)
     stats1, stats2, squeeze = sections.fake_stats(e, w_expand is not None, True)
     stats3 = stats2.new_empty(5, p.shape[1])
     return torch.empty_like(p), x.new_empty(0) if w_expand is None else e, y, p, stats1, stats2, stats3, squeeze
-
-
-def _fake_pointwise(x: Tensor, weight: Tensor) -> Tensor:
-    n, _, h, w = x.shape
-    return x.new_empty(n, h, w, weight.shape[0]).permute(0, 3, 1, 2)
 
 
 @torch.library.custom_op("effnet_fast::mbconv_backward", mutates_args=())
@@ -216,21 +212,24 @@ def _mbconv_backward(
     passes = passes_for(x, w_depthwise.shape[-1], stride)
     dout = channels_last(dout)
     kept = sections.Kept(y, stats1, stats2, squeeze)
-    norm3 = Norm.of(stats3)
+    norm2, norm3 = Norm.of(stats2), Norm.of(stats3)
     gate = branch_gate(branch_scale, p)
     sums = passes.backward_sums(dout, p, *norm3, False)
     dbn3 = batch_norm_grad(norm3, (sums if gate is None else sums * gate).sum(1), values_per_channel(p))
-    dp = passes.backward_apply(dout, p, *norm3[:3], False, gate, None, dbn3.a, dbn3.b)
-    do, dw_project = pointwise_grad(dp, sections.output(passes, kept), w_project)
+    do, dw_project, sums2 = passes.backward_pointwise(
+        dout, p, y, w_project, *norm3[:3], False, gate, dbn3.a, dbn3.b, *norm2, kept.gate, None
+    )
     se = SqueezeExcite(w_se_reduce, b_se_reduce, w_se_expand, b_se_expand)
     source = x if w_expand is None else e
-    grad = sections.backward(passes, do, source, kept, w_depthwise, se, stride, same)
-    de = sections.input_grad(passes, grad, source, kept)
-    shared = [dbn3.affine, grad.bn2.affine, dw_project, grad.weight, *grad.se]
+    grad = sections.backward(passes, do, sums2, source, kept, w_depthwise, se, stride, same)
+    shared = [dbn3.affine, grad.bn2.affine, dw_project.to(w_project.dtype), grad.weight, *grad.se]
     if w_expand is None:
-        return [de + dout if residual else de, *shared]
-    dx, dw_expand = pointwise_grad(de, x, w_expand, add=dout if residual else None)
-    return [dx, *shared, dw_expand, grad.bn1.affine]
+        return [grad.g + dout if residual else grad.g, *shared]
+    norm1, none = Norm.of(stats1), (None,) * 5
+    dx, dw_expand, _ = passes.backward_pointwise(
+        grad.g, e, x, w_expand, *norm1[:3], False, None, grad.bn1.a, grad.bn1.b, *none, dout if residual else None
+    )
+    return [dx, *shared, dw_expand.to(w_expand.dtype), grad.bn1.affine]
 
 
 @_mbconv_backward.register_fake

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from effnet_fast.ops import section as sections
 from effnet_fast.ops.activations import as_activation, channels_last, refuse_double_backward
-from effnet_fast.ops.normalization import BatchNorm, values_per_channel
+from effnet_fast.ops.normalization import BatchNorm, Norm, batch_stats, values_per_channel
 from effnet_fast.ops.squeeze_excite import SqueezeExcite, gated
 from effnet_fast.passes.backend import passes_for, resolve
 from effnet_fast.passes.reference import dwconv
@@ -141,10 +141,12 @@ def _section(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o, and the fields of `section.Kept`."""
     passes = passes_for(e, weight.shape[-1], stride)
-    bn1 = None if bn1_weight is None or bn1_bias is None else (bn1_weight, bn1_bias, bn1_eps)
+    stats1 = None
+    if bn1_weight is not None and bn1_bias is not None:
+        stats1 = batch_stats(passes.channel_stats(e), bn1_weight, bn1_bias, bn1_eps, values_per_channel(e))
     se = _squeeze_excite(w_reduce, b_reduce, w_expand, b_expand)
-    kept = sections.forward(passes, e, bn1, weight, (bn2_weight, bn2_bias, bn2_eps), se, stride, same)
-    return sections.output(passes, kept), *kept
+    kept = sections.forward(passes, e, stats1, weight, (bn2_weight, bn2_bias, bn2_eps), se, stride, same)
+    return passes.apply(kept.y, kept.stats2[0], kept.stats2[1], True, kept.gate, None), *kept
 
 
 @_section.register_fake
@@ -176,9 +178,13 @@ def _section_backward(
     passes = passes_for(e, weight.shape[-1], stride)
     kept = sections.Kept(y, stats1, stats2, squeeze)
     se = _squeeze_excite(w_reduce, b_reduce, w_expand, b_expand)
-    grad = sections.backward(passes, channels_last(do), e, kept, weight, se, stride, same)
-    bn1 = [] if grad.bn1 is None else [grad.bn1.affine]
-    return [sections.input_grad(passes, grad, e, kept), grad.bn2.affine, grad.weight, *bn1, *(grad.se or ())]
+    do = channels_last(do)
+    sums = passes.backward_sums(do, y, *Norm.of(stats2), True)
+    grad = sections.backward(passes, do, sums, e, kept, weight, se, stride, same)
+    if grad.bn1 is None:
+        return [grad.g, grad.bn2.affine, grad.weight, *(grad.se or ())]
+    de = passes.backward_apply(grad.g, e, *stats1[:3].unbind(), False, None, None, grad.bn1.a, grad.bn1.b)
+    return [de, grad.bn2.affine, grad.weight, grad.bn1.affine, *(grad.se or ())]
 
 
 @_section_backward.register_fake

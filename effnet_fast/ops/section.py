@@ -35,7 +35,7 @@ class Kept(NamedTuple):
 
 
 class SectionGrad(NamedTuple):
-    """Gradients of a section. g is that of e up to the terms of bn1's own backward, which `input_grad` adds."""
+    """Gradients of a section. g is that of e up to the terms of bn1's own backward, bn1.a and bn1.b."""
 
     g: Tensor
     bn1: NormGrad | None
@@ -47,18 +47,19 @@ class SectionGrad(NamedTuple):
 def forward(
     passes: Any,
     e: Tensor,
-    bn1: tuple[Tensor, Tensor, float] | None,
+    stats1: Tensor | None,
     weight: Tensor,
     bn2: tuple[Tensor, Tensor, float],
     se: SqueezeExcite | None,
     stride: int,
     same: bool,
 ) -> Kept:
-    """All of the section but its last pass, `output`. bn1, bn2: weight, bias, eps."""
+    """All of the section but its last pass. stats1: e's, [5, C] from `batch_stats`; bn2: weight, bias, eps."""
     scale = shift = None
-    stats1, squeeze = e.new_empty(0, dtype=torch.float32), e.new_empty(0, dtype=torch.float32)
-    if bn1 is not None:
-        stats1 = batch_stats(passes.channel_stats(e), *bn1, values_per_channel(e))
+    squeeze = e.new_empty(0, dtype=torch.float32)
+    if stats1 is None:
+        stats1 = e.new_empty(0, dtype=torch.float32)
+    else:
         scale, shift = stats1[:2].unbind()
     y, mean, m2 = passes.dwconv_stats(e, weight, scale, shift, stride, same)
     stats2 = batch_stats((mean, m2), *bn2, values_per_channel(y))
@@ -68,17 +69,19 @@ def forward(
     return Kept(y, stats1, stats2, squeeze)
 
 
-def output(passes: Any, kept: Kept) -> Tensor:
-    """The section's output o = SiLU(bn2(y)) * gate."""
-    return passes.apply(kept.y, kept.stats2[0], kept.stats2[1], True, kept.gate, None)
-
-
 def backward(
-    passes: Any, do: Tensor, e: Tensor, kept: Kept, weight: Tensor, se: SqueezeExcite | None, stride: int, same: bool
+    passes: Any,
+    do: Tensor,
+    sums: Tensor,
+    e: Tensor,
+    kept: Kept,
+    weight: Tensor,
+    se: SqueezeExcite | None,
+    stride: int,
+    same: bool,
 ) -> SectionGrad:
-    """Gradients of everything, from five sums over (do, y) and one sweep over (do, y, e)."""
+    """Gradients of everything, from the five sums over (do, y) and one sweep over (do, y, e)."""
     y, norm1, norm2, gate = kept.y, kept.norm1, Norm.of(kept.stats2), kept.gate
-    sums = passes.backward_sums(do, y, *norm2, True)
     do_d, d = sums[1::2], sums[2::2]  # sums with do, and the same without it: of the slope, of slope * hat
     dse = pooled_grad = None
     if se is None:
@@ -106,14 +109,6 @@ def backward(
     )
     dbn1 = None if norm1 is None else batch_norm_grad(norm1, sums1, values_per_channel(e))
     return SectionGrad(g, dbn1, dweight.to(weight.dtype), dbn2, dse)
-
-
-def input_grad(passes: Any, grad: SectionGrad, e: Tensor, kept: Kept) -> Tensor:
-    """The gradient of e."""
-    if grad.bn1 is None:
-        return grad.g
-    scale, shift, mean, _, _ = kept.stats1.unbind()
-    return passes.backward_apply(grad.g, e, scale, shift, mean, False, None, None, grad.bn1.a, grad.bn1.b)
 
 
 def fake_stats(e: Tensor, has_bn1: bool, has_se: bool) -> tuple[Tensor, Tensor, Tensor]:

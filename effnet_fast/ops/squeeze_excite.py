@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from effnet_fast.ops.activations import as_activation, channels_last, refuse_double_backward
 from effnet_fast.passes.backend import passes_for, resolve
+from effnet_fast.passes.products import identity
 
 
 class SqueezeExcite(NamedTuple):
@@ -66,15 +67,9 @@ def squeeze_excite_eager(x: Tensor, w_reduce: Tensor, b_reduce: Tensor, w_expand
     return SqueezeExcite(w_reduce, b_reduce, w_expand, b_expand).eager(x)
 
 
-def _identity(x: Tensor) -> tuple[Tensor, Tensor]:
-    """scale and shift under which the passes leave x as it is."""
-    zeros = x.new_zeros(x.shape[1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-    return zeros + 1, zeros
-
-
 def gated(passes: Any, x: Tensor, gate: Tensor) -> Tensor:
     """x times a gate [N, C]."""
-    return passes.apply(x, *_identity(x), False, gate, None)
+    return passes.apply(x, *identity(x), False, gate, None)
 
 
 @torch.library.custom_op("effnet_fast::squeeze_excite", mutates_args=())
@@ -82,7 +77,7 @@ def _squeeze_excite(
     x: Tensor, w_reduce: Tensor, b_reduce: Tensor, w_expand: Tensor, b_expand: Tensor
 ) -> tuple[Tensor, Tensor]:
     passes = passes_for(x)
-    pooled = passes.pool(x, *_identity(x), False) / (x.shape[2] * x.shape[3])
+    pooled = passes.pool(x, *identity(x), False) / (x.shape[2] * x.shape[3])
     return gated(passes, x, SqueezeExcite(w_reduce, b_reduce, w_expand, b_expand).gate(pooled)), pooled
 
 
@@ -99,7 +94,7 @@ def _squeeze_excite_backward(
     passes = passes_for(x)
     dout = channels_last(dout)
     se = SqueezeExcite(w_reduce, b_reduce, w_expand, b_expand)
-    ones, zeros = _identity(x)
+    ones, zeros = identity(x)
     dgate = passes.backward_sums(dout, x, ones, zeros, zeros, ones, False)[1]
     dpooled, dse = se.gate_grad(pooled, dgate)
     pooled_grad = dpooled / (x.shape[2] * x.shape[3])

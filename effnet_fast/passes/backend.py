@@ -9,7 +9,7 @@ import importlib
 import logging
 import os
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from effnet_fast import _host
-from effnet_fast.passes import reference, schema
+from effnet_fast.passes import products, reference, schema
 
 BACKENDS = ("auto", "eager", "cpu")
 
@@ -109,9 +109,18 @@ def _log_fallback(reason: str) -> None:
     _LOG.warning("falling back to eager PyTorch: %s", reason)
 
 
-_NATIVE = SimpleNamespace(**{name: getattr(torch.ops.effnet_fast, name).default for name in schema.PASSES})
+def _with_products(passes: Any) -> SimpleNamespace:
+    """A backend's passes, and the products composed of them."""
+    own = {name: getattr(passes, name) for name in schema.PASSES}
+    return SimpleNamespace(**own, **{name: partial(getattr(products, name), passes) for name in schema.PRODUCTS})
+
+
+_CPU = SimpleNamespace(
+    **{name: getattr(torch.ops.effnet_fast, name).default for name in schema.PASSES + schema.PRODUCTS}
+)
+_REFERENCE = _with_products(reference)
 
 
 def passes_for(x: Tensor, kernel: int = 3, stride: int = 1) -> Any:
     """The passes to run on x: compiled ones, or `reference` where there are none (float64, for one)."""
-    return _NATIVE if why_not("cpu", x, kernel, stride) is None else reference
+    return _CPU if why_not("cpu", x, kernel, stride) is None else _REFERENCE

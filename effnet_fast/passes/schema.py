@@ -16,7 +16,19 @@ backward_dwconv  g, the gradient of the convolution's input (times d of the inpu
                  output is `backward_apply` with SiLU, formed on load, or `grad` itself where scale is None.
 dwconv_affine    inference: SiLU(dwconv * scale + shift), and its [N, C] sums over H, W; the input as in dwconv_stats
 
-Convolutions have a stride of 1 or 2 and a square kernel of 3, 5 or 7, padded by k // 2 on every side, or as
+The 1x1 convolutions with what stands before and after them, which a backend may leave to `products`; weight is
+[C_out, C_in, 1, 1]:
+
+patches             x's pixels (kh, kw, channel) under each window of a small convolution, and zeros up to a multiple
+                    of 8: [N, C_in, H', W'], whose 1x1 convolution is that convolution; x may have any channels
+pointwise_stats     y = convolution of x, or of SiLU(x * scale + shift), either times gate [N, C_in]; mean and m2 of y
+pointwise_affine    inference: SiLU(u) or u of the convolution of x, or of x times gate, plus residual
+backward_pointwise  gradients of the convolution's input (plus residual) and weight, and, where the input is
+                    SiLU(x * in_scale + in_shift) (times in_gate), `backward_sums` of that gradient and x, else an empty
+                    [0, N, 0]. The gradient of the convolution's output is `backward_apply`, formed on load, or `grad`
+                    itself where scale is None.
+
+Windows have a stride of 1 or 2 and a square kernel of 3, 5 or 7, padded by k // 2 on every side, or as
 TensorFlow's SAME pads if `same`: ceil(size / stride) outputs, the odd pixel at the end.
 """
 
@@ -41,9 +53,21 @@ _SCHEMAS = (
     " bool same) -> (Tensor z, Tensor pooled)",
 )
 
-PASSES = tuple(schema.split("(")[0] for schema in _SCHEMAS)
+_PRODUCT_SCHEMAS = (
+    "patches(Tensor x, int kernel, int stride, bool same) -> Tensor",
+    "pointwise_stats(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? gate)"
+    " -> (Tensor y, Tensor mean, Tensor m2)",
+    "pointwise_affine(Tensor x, Tensor weight, Tensor? gate, Tensor scale, Tensor shift, bool silu, Tensor? residual)"
+    " -> Tensor",
+    "backward_pointwise(Tensor grad, Tensor? y, Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? mean,"
+    " bool silu, Tensor? gate, Tensor? a, Tensor? b, Tensor? in_scale, Tensor? in_shift, Tensor? in_mean,"
+    " Tensor? in_rstd, Tensor? in_gate, Tensor? residual) -> (Tensor dx, Tensor dweight, Tensor sums)",
+)
 
-for _schema in _SCHEMAS:
+PASSES = tuple(schema.split("(")[0] for schema in _SCHEMAS)
+PRODUCTS = tuple(schema.split("(")[0] for schema in _PRODUCT_SCHEMAS)
+
+for _schema in (*_SCHEMAS, *_PRODUCT_SCHEMAS):
     _LIBRARY.define(_schema)
 
 
@@ -63,6 +87,12 @@ def dwconv_output(x: Tensor, weight: Tensor, stride: int, same: bool) -> Tensor:
     kernel = weight.shape[-1]
     shape = (n, c, output_size(h, kernel, stride, same), output_size(w, kernel, stride, same))
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def pointwise_output(x: Tensor, weight: Tensor) -> Tensor:
+    """An uninitialised output of a 1x1 convolution of x."""
+    n, _, h, w = x.shape
+    return x.new_empty(n, h, w, weight.shape[0]).permute(0, 3, 1, 2)
 
 
 def _floats(x: Tensor, *shape: int) -> Tensor:
@@ -107,3 +137,28 @@ def _(grad, y, scale, shift, mean, silu, gate, pooled_grad, a, b):
 @torch.library.register_fake("effnet_fast::dwconv_affine", lib=_LIBRARY)
 def _(x, weight, in_scale, in_shift, scale, shift, stride, same):
     return dwconv_output(x, weight, stride, same), _floats(x, *x.shape[:2])
+
+
+@torch.library.register_fake("effnet_fast::patches", lib=_LIBRARY)
+def _(x, kernel, stride, same):
+    n, c, h, w = x.shape
+    h, w = (output_size(size, kernel, stride, same) for size in (h, w))
+    return x.new_empty(n, h, w, -(-(kernel * kernel * c) // 8) * 8).permute(0, 3, 1, 2)
+
+
+@torch.library.register_fake("effnet_fast::pointwise_stats", lib=_LIBRARY)
+def _(x, weight, scale, shift, gate):
+    return pointwise_output(x, weight), _floats(x, weight.shape[0]), _floats(x, weight.shape[0])
+
+
+@torch.library.register_fake("effnet_fast::pointwise_affine", lib=_LIBRARY)
+def _(x, weight, gate, scale, shift, silu, residual):
+    return pointwise_output(x, weight)
+
+
+@torch.library.register_fake("effnet_fast::backward_pointwise", lib=_LIBRARY)
+def _(
+    grad, y, x, weight, scale, shift, mean, silu, gate, a, b, in_scale, in_shift, in_mean, in_rstd, in_gate, residual
+):
+    sums = _floats(x, 0, x.shape[0], 0) if in_scale is None else _floats(x, 5, *x.shape[:2])
+    return empty_like_nhwc(x), _floats(x, *weight.shape), sums

@@ -21,6 +21,9 @@ SHAPES = (
 CONVOLUTIONS = tuple((k, s, same) for k in (3, 5, 7) for s in (1, 2) for same in (False, True))
 
 
+OUT_CHANNELS = (8, 16, 40, 104)
+
+
 @dataclass
 class Call:
     """A pass and its arguments; activations in the storage dtype, the rest in float32."""
@@ -41,7 +44,7 @@ def activation(generator: torch.Generator, shape: tuple[int, ...], dtype: torch.
     return channels_last((torch.randn(shape, generator=generator) + 0.5).to(dtype))
 
 
-def pointwise_calls(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Iterator[Call]:
+def elementwise_calls(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Iterator[Call]:
     """The passes without a convolution."""
     g = torch.Generator().manual_seed(sum(shape))
     n, c = shape[:2]
@@ -89,3 +92,34 @@ def depthwise_calls(
         for norm in ((None,) * 4, (scale, shift, mean, rstd)):
             source = None if out is without_norm else y
             yield Call("backward_dwconv", (grad, source, x, weight, *out, *norm, stride, same))
+
+
+def product_calls(shape: tuple[int, int, int, int], dtype: torch.dtype, out_channels: int) -> Iterator[Call]:
+    """The 1x1 convolutions."""
+    g = torch.Generator().manual_seed(sum(shape) + out_channels)
+    n, c = shape[:2]
+    x, residual = (activation(g, shape, dtype) for _ in range(2))
+    y, grad, out_residual = (activation(g, (n, out_channels, *shape[2:]), dtype) for _ in range(3))
+    weight = torch.randn(out_channels, c, 1, 1, generator=g) / c**0.5
+    in_scale, in_rstd, in_gate = (torch.rand(size, generator=g) + 0.5 for size in ((c,), (c,), (n, c)))
+    scale, gate = (torch.rand(size, generator=g) + 0.5 for size in ((out_channels,), (n, out_channels)))
+    in_shift, in_mean = (torch.randn(c, generator=g) * 0.3 for _ in range(2))
+    shift, mean, a, b = (torch.randn(out_channels, generator=g) * 0.3 for _ in range(4))
+    for affine in ((None, None), (in_scale, in_shift)):
+        for gated in (None, in_gate):
+            yield Call("pointwise_stats", (x, weight, *affine, gated))
+    for silu in (True, False):
+        for gated, added in ((None, None), (in_gate, out_residual)):
+            yield Call("pointwise_affine", (x, weight, gated, scale, shift, silu, added))
+    none: tuple[None, ...] = (None,) * 5
+    for out in (
+        (None, None, None, False, None, None, None),
+        (scale, shift, mean, False, gate, a, b),
+        (scale, shift, mean, True, None, a, b),
+    ):
+        source = y if out[0] is not None else None
+        for added in (None, residual):
+            yield Call("backward_pointwise", (grad, source, x, weight, *out, *none, added))
+        for gated in (None, in_gate):
+            norm = (in_scale, in_shift, in_mean, in_rstd, gated)
+            yield Call("backward_pointwise", (grad, source, x, weight, *out, *norm, None))

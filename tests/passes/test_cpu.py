@@ -10,9 +10,18 @@ from torch import Tensor
 
 import effnet_fast.passes.backend  # noqa: F401 loads the compiled passes
 from effnet_fast import _host
-from effnet_fast.passes import reference
-from effnet_fast.passes.schema import PASSES
-from tests.passes.samples import CONVOLUTIONS, SHAPES, Call, activation, depthwise_calls, pointwise_calls
+from effnet_fast.passes.backend import passes_for
+from effnet_fast.passes.schema import PASSES, PRODUCTS
+from tests.passes.samples import (
+    CONVOLUTIONS,
+    OUT_CHANNELS,
+    SHAPES,
+    Call,
+    activation,
+    depthwise_calls,
+    elementwise_calls,
+    product_calls,
+)
 
 # Relative to the largest value of an output. float32: some hundred roundings of 6e-8. 16 bit: the storage's rounding of
 # an activation (2^-9 and 2^-12 of it) and the sigmoid's 8e-5, which the sums average out.
@@ -26,10 +35,12 @@ def tensors(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 def check(call: Call, dtype: torch.dtype) -> None:
     actual = tensors(getattr(torch.ops.effnet_fast, call.name)(*call.args))
-    expected = tensors(getattr(reference, call.name)(*call.to_float64()))
+    wide = call.to_float64()
+    expected = tensors(getattr(passes_for(wide[0]), call.name)(*wide))
     for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
         assert a.shape == e.shape
-        assert a.dtype == (dtype if a.dim() == 4 and not (call.name == "backward_dwconv" and i == 1) else torch.float32)
+        is_weight = call.name in ("backward_dwconv", "backward_pointwise") and i == 1
+        assert a.dtype == (dtype if a.dim() == 4 and not is_weight else torch.float32)
         if a.dim() == 4 and a.dtype == dtype:
             assert a.is_contiguous(memory_format=torch.channels_last) or a.numel() == 0
         assert a.isfinite().all()
@@ -39,8 +50,8 @@ def check(call: Call, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_pointwise_passes(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-    for call in pointwise_calls(shape, dtype):
+def test_elementwise_passes(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    for call in elementwise_calls(shape, dtype):
         check(call, dtype)
 
 
@@ -51,6 +62,14 @@ def test_depthwise_passes(
     shape: tuple[int, int, int, int], kernel: int, stride: int, same: bool, dtype: torch.dtype
 ) -> None:
     for call in depthwise_calls(shape, dtype, kernel, stride, same):
+        check(call, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("out_channels", OUT_CHANNELS)
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 16, 37, 41)], ids=str)  # the last: several blocks and chunks an image
+def test_products(shape: tuple[int, int, int, int], out_channels: int, dtype: torch.dtype) -> None:
+    for call in product_calls(shape, dtype, out_channels):
         check(call, dtype)
 
 
@@ -87,7 +106,7 @@ def test_statistics_survive_a_large_mean(mean_over_std: float) -> None:
 def test_results_do_not_depend_on_the_number_of_threads(threads: int) -> None:
     before = torch.get_num_threads()
     calls = [
-        *pointwise_calls((3, 40, 9, 6), torch.bfloat16),
+        *elementwise_calls((3, 40, 9, 6), torch.bfloat16),
         *depthwise_calls((3, 40, 9, 6), torch.bfloat16, 5, 2, False),
     ]
     first = [tensors(getattr(torch.ops.effnet_fast, call.name)(*call.args)) for call in calls]
@@ -122,7 +141,11 @@ def test_silu_saturates(value: float) -> None:
 
 
 def test_nothing_given_is_modified() -> None:
-    calls = [*pointwise_calls((2, 24, 5, 5), torch.float32), *depthwise_calls((2, 24, 5, 5), torch.float32, 3, 2, True)]
+    calls = [
+        *elementwise_calls((2, 24, 5, 5), torch.float32),
+        *depthwise_calls((2, 24, 5, 5), torch.float32, 3, 2, True),
+        *product_calls((2, 24, 5, 5), torch.float32, 16),
+    ]
     for call in calls:
         before = [a.clone() if isinstance(a, Tensor) else a for a in call.args]
         getattr(torch.ops.effnet_fast, call.name)(*call.args)
@@ -155,15 +178,19 @@ def test_wrong_arguments_are_named(make, message: str) -> None:
 
 
 def test_every_pass_is_sampled_and_referenced() -> None:
-    sampled = {call.name for call in pointwise_calls((1, 8, 3, 3), torch.float32)}
+    sampled = {call.name for call in elementwise_calls((1, 8, 3, 3), torch.float32)}
     sampled |= {call.name for call in depthwise_calls((1, 8, 3, 3), torch.float32, 3, 1, False)}
-    assert sampled == set(PASSES)
-    assert all(callable(getattr(reference, name)) for name in PASSES)
+    sampled |= {call.name for call in product_calls((1, 8, 3, 3), torch.float32, 16)}
+    assert sampled == {*PASSES, *PRODUCTS}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_fakes_have_the_shapes_dtypes_and_strides_of_the_kernels(dtype: torch.dtype) -> None:
-    calls = [*pointwise_calls((3, 40, 9, 6), dtype), *depthwise_calls((3, 40, 9, 6), dtype, 5, 2, True)]
+    calls = [
+        *elementwise_calls((3, 40, 9, 6), dtype),
+        *depthwise_calls((3, 40, 9, 6), dtype, 5, 2, True),
+        *product_calls((3, 40, 9, 6), dtype, 24),
+    ]
     for call in calls:
         overload = getattr(torch.ops.effnet_fast, call.name).default
         torch.library.opcheck(overload, call.args, test_utils=("test_schema", "test_faketensor"))

@@ -1,0 +1,131 @@
+// Small matrix products whose operands lie in cache: the inner loops of the 1x1 convolutions.
+//
+// An operand is made of 32-bit words along the summed dimension: a float, or (where the processor multiplies pairs of
+// bf16) two neighbouring bf16. The left operand is read word by word and broadcast, the right one in vectors of columns.
+#pragma once
+
+#include <array>
+#include <utility>
+
+#include "tensors.h"
+
+namespace effnet_fast {
+
+// A word is one float.
+struct FloatWords {
+  static constexpr int kDepth = 1;  // elements of the summed dimension in a word
+  static Vec multiply_add(Vec a, Vec b, Vec sum) { return sum + a * b; }
+  static void store_row(float* row, int64_t column, Vec v) { store(row + column, v); }
+  static Vec pair(Vec first, Vec) { return first; }
+};
+
+#if defined(__AVX512BF16__)
+// A word is two bf16, the first in the lower half.
+struct BFloat16Words {
+  static constexpr int kDepth = 2;
+  static Vec multiply_add(Vec a, Vec b, Vec sum) {
+    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+  }
+  static void store_row(float* row, int64_t column, Vec v) { store((BFloat16*)row + column, v); }
+  static Vec pair(Vec first, Vec second) {
+    const UInt low = __builtin_convertvector(to_bits(first, BFloat16{}), UInt);
+    return (Vec)(low | __builtin_convertvector(to_bits(second, BFloat16{}), UInt) << 16);
+  }
+};
+template <class T>
+using Words = std::conditional_t<std::is_same_v<T, BFloat16>, BFloat16Words, FloatWords>;
+#else
+template <class T>
+using Words = FloatWords;
+#endif
+
+// Vectors of columns that are computed together, and rows: as many sums as the register file holds.
+constexpr int kPanelVectors = 2;
+constexpr int kTileRows = kLanes == 16 ? 12 : 6;
+constexpr int64_t kPanelColumns = kPanelVectors * kLanes;
+
+// c[m, :] (+)= sum over k of a[m, k] * b[k, :] for M rows and V vectors of columns. Word (m, k) of a is at
+// a + m * a_row + k * a_step, of b at b + k * b_step.
+template <class W, int M, int V>
+void multiply_tile(int64_t words, const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step,
+                   float* c, int64_t c_row, bool add) {
+  Vec sum[M][V];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) sum[m][v] = add ? load(c + m * c_row + v * kLanes) : Vec{};
+  for (int64_t k = 0; k < words; ++k, a += a_step, b += b_step) {
+    Vec column[V];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) column[v] = load(b + v * kLanes);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      int32_t word;
+      std::memcpy(&word, a + m * a_row, sizeof word);
+      const Vec value = (Vec)(word - Int{});
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) sum[m][v] = W::multiply_add(value, column[v], sum[m][v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) store(c + m * c_row + v * kLanes, sum[m][v]);
+}
+
+// The same for any number of rows, cut into tiles that are as even as can be. V: vectors in the panel of columns.
+template <class W, int V>
+void multiply_panel(int64_t rows, int64_t words, const float* a, int64_t a_row, int64_t a_step, const float* b,
+                    int64_t b_step, float* c, int64_t c_row, bool add) {
+  using Tile = void (*)(int64_t, const float*, int64_t, int64_t, const float*, int64_t, float*, int64_t, bool);
+  constexpr auto kTiles = []<int... M>(std::integer_sequence<int, M...>) {
+    return std::array<Tile, sizeof...(M)>{&multiply_tile<W, M + 1, V>...};
+  }(std::make_integer_sequence<int, kTileRows>{});
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t first = rows * t / tiles, count = rows * (t + 1) / tiles - first;
+    kTiles[count - 1](words, a + first * a_row, a_row, a_step, b, b_step, c + first * c_row, c_row, add);
+  }
+}
+
+// Calls f.template operator()<V>(panel) for the panels [begin, end) of so many vectors of columns; the last may be
+// narrower.
+template <class F>
+inline void for_each_panel(int64_t begin, int64_t end, int64_t vectors, F&& f) {
+  for (int64_t panel = begin; panel < end; ++panel)
+    if ((panel + 1) * kPanelVectors <= vectors)
+      f.template operator()<kPanelVectors>(panel);
+    else
+      f.template operator()<1>(panel);
+}
+
+// The right operand of a product in panels [panel][word][column of the panel]: element (k, column) of a matrix of floats
+// is at from + k * k_step + column * column_step. Columns beyond the last are zero.
+template <class W>
+inline Tensor pack_panels(const float* from, int64_t depth, int64_t columns, int64_t k_step, int64_t column_step) {
+  const int64_t vectors = (columns + kLanes - 1) / kLanes, words = depth / W::kDepth;
+  Tensor packed = empty_floats({words * vectors * kLanes});
+  torch::stable::parallel_for(0, (vectors + kPanelVectors - 1) / kPanelVectors, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; ++panel) {
+      const int64_t width = std::min(kPanelColumns, vectors * kLanes - panel * kPanelColumns);
+      float* to = floats(packed) + panel * kPanelColumns * words;
+      for (int64_t word = 0; word < words; ++word, to += width)
+        for (int64_t lane = 0; lane < width; lane += kLanes) {
+          Vec element[2] = {};
+          for (int64_t i = 0; i < kLanes; ++i) {
+            const int64_t column = panel * kPanelColumns + lane + i;
+            for (int d = 0; d < W::kDepth && column < columns; ++d)
+              element[d][i] = from[(word * W::kDepth + d) * k_step + column * column_step];
+          }
+          store(to + lane, W::pair(element[0], element[1]));
+        }
+    }
+  });
+  return packed;
+}
+
+// Floats (or words) between rows of a matrix in scratch: an odd number of cache lines, so that the rows of a column fall
+// into different sets of the cache.
+inline int64_t padded_row(int64_t columns) { return ((columns + 15) / 16 | 1) * 16; }
+
+}  // namespace effnet_fast

@@ -1,0 +1,153 @@
+"""A dense convolution with BatchNorm and SiLU after it: EfficientNet's stem (3x3, few channels) and head (1x1)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from effnet_fast.ops.activations import as_activation, channels_last, refuse_double_backward
+from effnet_fast.ops.bn_act import bn_act, bn_act_eager
+from effnet_fast.ops.normalization import BatchNorm, Norm, batch_norm_grad, batch_stats, values_per_channel
+from effnet_fast.passes.backend import passes_for, resolve
+from effnet_fast.passes.products import patches_grad, window_padding
+from effnet_fast.passes.schema import output_size
+
+
+def conv_bn_act(
+    x: Tensor, weight: Tensor, bn: BatchNorm, *, stride: int = 1, same: bool = False, silu: bool = True
+) -> Tensor:
+    """SiLU(bn(convolution of x)), or without the SiLU: [N, C_in, H, W] to [N, C_out, H', W'], channels_last.
+
+    weight [C_out, C_in, k, k]; same: TensorFlow's SAME padding, else k // 2 on every side. On the CPU the convolution
+    is a matrix product, for k > 1 over patches of x; on other devices it is PyTorch's, and `bn_act` follows.
+    In training, kept for backward are x and the convolution's output, and bn's running statistics are updated. Not
+    twice differentiable. Gradients in eval mode, and calls that no native backend can run, take `conv_bn_act_eager`.
+    Raises ValueError that names the argument, or RuntimeError if a backend was insisted on and can't run the call.
+    """
+    x = as_activation(x, "x")
+    if weight.dim() != 4 or weight.shape[1] != x.shape[1] or weight.shape[2] != weight.shape[3]:
+        raise ValueError(f"weight: got shape {tuple(weight.shape)}, must be [C_out, {x.shape[1]}, k, k]")
+    bn.check(weight.shape[0], "bn")
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bn.weight, bn.bias))
+    if _backend(x, weight, stride) == "eager" or (needs_grad and not bn.training):
+        return conv_bn_act_eager(x, weight, bn, stride=stride, same=same, silu=silu)
+    if x.device.type != "cpu":
+        return bn_act(_conv(x, weight, stride, same), bn, silu=silu)
+    if not bn.training:
+        passes = passes_for(x.new_empty(0, weight.shape[0], 1, 1))
+        source, matrix = _as_product(passes, x, weight, stride, same)
+        return passes.pointwise_affine(source, matrix, None, *bn.running()[:2], silu, None)
+    out, y, stats = _conv_bn_act(x, weight, bn.weight, bn.bias, bn.eps, stride, same, silu)
+    bn.update(stats, values_per_channel(y))
+    return out
+
+
+def conv_bn_act_eager(
+    x: Tensor, weight: Tensor, bn: BatchNorm, *, stride: int = 1, same: bool = False, silu: bool = True
+) -> Tensor:
+    """`conv_bn_act` in plain PyTorch: its fallback, oracle and baseline."""
+    return bn_act_eager(_conv(x, weight, stride, same), bn, silu=silu)
+
+
+def _conv(x: Tensor, weight: Tensor, stride: int, same: bool) -> Tensor:
+    kernel = weight.shape[-1]
+    if same:
+        return F.conv2d(F.pad(x, window_padding(x, kernel, stride, same)), weight, None, stride)
+    return F.conv2d(x, weight, None, stride, kernel // 2)
+
+
+def _backend(x: Tensor, weight: Tensor, stride: int) -> str:
+    """The backend of the output, and of the input unless patches are made of it."""
+    out_channels, _, kernel, _ = weight.shape
+    y = x.new_empty(0, out_channels, 1, 1)
+    if kernel > 1:
+        return resolve(y, kernel, stride)
+    return "eager" if stride > 1 or resolve(x) == "eager" else resolve(y)
+
+
+def _as_product(passes: Any, x: Tensor, weight: Tensor, stride: int, same: bool) -> tuple[Tensor, Tensor]:
+    """The input and the weight [C_out, C, 1, 1] of a 1x1 convolution that is the same."""
+    out_channels, _, kernel, _ = weight.shape
+    if kernel == 1:
+        return x, weight
+    matrix = weight.permute(0, 2, 3, 1).reshape(out_channels, -1)
+    matrix = F.pad(matrix, (0, -matrix.shape[1] % 8))[:, :, None, None]
+    return passes.patches(x, kernel, stride, same), matrix
+
+
+@torch.library.custom_op("effnet_fast::conv_bn_act", mutates_args=())
+def _conv_bn_act(
+    x: Tensor, weight: Tensor, bn_weight: Tensor, bn_bias: Tensor, eps: float, stride: int, same: bool, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out, y, stats."""
+    passes = passes_for(x.new_empty(0, weight.shape[0], 1, 1))
+    y, *moments = passes.pointwise_stats(*_as_product(passes, x, weight, stride, same), None, None, None)
+    stats = batch_stats(moments, bn_weight, bn_bias, eps, values_per_channel(y))
+    return passes.apply(y, stats[0], stats[1], silu, None, None), y, stats
+
+
+@_conv_bn_act.register_fake
+def _(x, weight, bn_weight, bn_bias, eps, stride, same, silu):
+    n, _, h, w = x.shape
+    out_channels, _, kernel, _ = weight.shape
+    h, w = (output_size(size, kernel, stride, same) for size in (h, w))
+    out = x.new_empty(n, h, w, out_channels).permute(0, 3, 1, 2)
+    floats = torch.promote_types(x.dtype, torch.float32)
+    return out, torch.empty_like(out), x.new_empty(5, out_channels, dtype=floats)
+
+
+@torch.library.custom_op("effnet_fast::conv_bn_act_backward", mutates_args=())
+def _conv_bn_act_backward(
+    dout: Tensor,
+    x: Tensor,
+    y: Tensor,
+    stats: Tensor,
+    weight: Tensor,
+    stride: int,
+    same: bool,
+    silu: bool,
+    input_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x (empty unless asked for), weight, and of bn's weight and bias [2, C]."""
+    passes = passes_for(y)
+    dout, norm = channels_last(dout), Norm.of(stats)
+    sums = passes.backward_sums(dout, y, *norm, silu)
+    grad = batch_norm_grad(norm, (sums[[1, 3]] if silu else sums).sum(1), values_per_channel(y))
+    source, matrix = _as_product(passes, x, weight, stride, same)
+    dx, dmatrix, _ = passes.backward_pointwise(
+        dout, y, source, matrix, *norm[:3], silu, None, grad.a, grad.b, *(None,) * 6
+    )
+    out_channels, channels, kernel, _ = weight.shape
+    if kernel == 1:  # an image's gradient costs time, a feature map's is there
+        return dx, dmatrix.to(weight.dtype), grad.affine
+    dweight = dmatrix[:, : channels * kernel**2, 0, 0].reshape(out_channels, kernel, kernel, channels)
+    dweight = dweight.permute(0, 3, 1, 2).to(weight.dtype, memory_format=torch.contiguous_format)
+    dx = patches_grad(dx, x, kernel, stride, same) if input_grad else x.new_empty(0)
+    return dx, dweight, grad.affine
+
+
+@_conv_bn_act_backward.register_fake
+def _(dout, x, y, stats, weight, stride, same, silu, input_grad):
+    dx = torch.empty_like(x) if input_grad or weight.shape[-1] == 1 else x.new_empty(0)
+    return dx, torch.empty_like(weight), torch.empty_like(stats[:2])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, _, _, _, *options = inputs
+    ctx.save_for_backward(x, *output[1:], weight)
+    ctx.options = options
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dout: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return (None,) * 8
+    input_grad = ctx.needs_input_grad[0]
+    dx, dweight, affine = _conv_bn_act_backward(dout, *ctx.saved_tensors, *ctx.options, input_grad)
+    return dx if input_grad else None, dweight, *affine, None, None, None, None
+
+
+_conv_bn_act.register_autograd(_backward, setup_context=_setup_context)
+refuse_double_backward(_conv_bn_act_backward, "conv_bn_act")

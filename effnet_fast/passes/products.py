@@ -1,0 +1,112 @@
+"""The 1x1 convolutions composed of a backend's other passes and PyTorch's matrix products.
+
+For backends without fused products of their own, and the meaning of those of `schema.PRODUCTS`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from effnet_fast.passes.reference import same_padding
+
+
+def patches(passes: Any, x: Tensor, kernel: int, stride: int, same: bool) -> Tensor:
+    n, c = x.shape[:2]
+    padded = F.pad(x, window_padding(x, kernel, stride, same))
+    h, w = ((size - kernel) // stride + 1 for size in padded.shape[2:])
+    columns = F.unfold(padded, kernel, stride=stride).view(n, c, kernel * kernel, h, w)
+    rows = columns.permute(0, 3, 4, 2, 1).reshape(n, h, w, -1)
+    return F.pad(rows, (0, -rows.shape[3] % 8)).permute(0, 3, 1, 2)
+
+
+def patches_grad(dpatches: Tensor, x: Tensor, kernel: int, stride: int, same: bool) -> Tensor:
+    """The gradient of x from that of `patches`."""
+    _, c, h, w = x.shape
+    left, right, top, bottom = window_padding(x, kernel, stride, same)
+    columns = dpatches[:, : kernel * kernel * c].flatten(2).unflatten(1, (kernel * kernel, c)).transpose(1, 2)
+    wide = columns.flatten(1, 2).to(torch.promote_types(x.dtype, torch.float32))
+    folded = F.fold(wide, (h + top + bottom, w + left + right), kernel, stride=stride)
+    return F.pad(folded, (-left, -right, -top, -bottom)).to(x.dtype)
+
+
+def pointwise_stats(
+    passes: Any, x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, gate: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = _product(_activated(passes, x, scale, shift, gate), weight)
+    return y, *passes.channel_stats(y)
+
+
+def pointwise_affine(
+    passes: Any,
+    x: Tensor,
+    weight: Tensor,
+    gate: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    silu: bool,
+    residual: Tensor | None,
+) -> Tensor:
+    return passes.apply(_product(_activated(passes, x, None, None, gate), weight), scale, shift, silu, None, residual)
+
+
+def backward_pointwise(
+    passes: Any,
+    grad: Tensor,
+    y: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mean: Tensor | None,
+    silu: bool,
+    gate: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    in_scale: Tensor | None,
+    in_shift: Tensor | None,
+    in_mean: Tensor | None,
+    in_rstd: Tensor | None,
+    in_gate: Tensor | None,
+    residual: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dy = grad if scale is None else passes.backward_apply(grad, y, scale, shift, mean, silu, gate, None, a, b)
+    rows, matrix = _pixels(dy), weight.flatten(1).to(dy.dtype)
+    dx = rows @ matrix if residual is None else torch.addmm(_pixels(residual), rows, matrix)
+    n, c, h, w = x.shape
+    dx = dx.view(n, h, w, c).permute(0, 3, 1, 2)
+    dweight = (rows.T @ _pixels(_activated(passes, x, in_scale, in_shift, in_gate))).view(weight.shape)
+    floats = torch.promote_types(x.dtype, torch.float32)
+    if in_scale is None:
+        return dx, dweight.to(floats), x.new_empty(0, n, 0, dtype=floats)
+    return dx, dweight.to(floats), passes.backward_sums(dx, x, in_scale, in_shift, in_mean, in_rstd, True)
+
+
+def window_padding(x: Tensor, kernel: int, stride: int, same: bool) -> tuple[int, int, int, int]:
+    """Zeros left, right, above and below of x, as `F.pad` takes them."""
+    if not same:
+        return (kernel // 2,) * 4
+    return (*same_padding(x.shape[3], kernel, stride), *same_padding(x.shape[2], kernel, stride))
+
+
+def identity(x: Tensor) -> tuple[Tensor, Tensor]:
+    """scale and shift under which the passes leave x as it is."""
+    zeros = x.new_zeros(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
+    return zeros + 1, zeros
+
+
+def _activated(passes: Any, x: Tensor, scale: Tensor | None, shift: Tensor | None, gate: Tensor | None) -> Tensor:
+    if scale is None and gate is None:
+        return x
+    if scale is None:
+        return passes.apply(x, *identity(x), False, gate, None)
+    return passes.apply(x, scale, shift, True, gate, None)
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1).to(x.dtype)).permute(0, 3, 1, 2)
+
+
+def _pixels(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
