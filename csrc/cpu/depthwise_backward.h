@@ -48,23 +48,19 @@ inline void input_grad_columns(int64_t width, int64_t pad_w, const float* const*
   dw_row<kRows, kTaps, 1>(rows, reversed + (PH * K + kSkipped) * kLanes, S * K * kLanes, (width - iw + S - 1) / S, sink);
 }
 
-// Adds one input row's products to the weight's gradient: column iw meets the output columns as above.
-template <int K, int S, int PH, int PW>
-inline void weight_grad_column(int64_t iw, int64_t pad_w, Vec a, const float* const* dy, Vec* acc) {
-  const int64_t last = (iw + pad_w) / S;
-#pragma GCC unroll 8
-  for (int j = 0; PH + S * j < K; ++j)
-#pragma GCC unroll 8
-    for (int i = 0; PW + S * i < K; ++i) acc[j * K + PW + S * i] += load(dy[j] + (last - i) * kLanes) * a;
-}
-
-template <int K, int S, int PH>
-inline void weight_grad_row(int64_t width, int64_t pad_w, const float* activated, const float* const* dy,
-                            float* weight_grad) {
-  constexpr int kRows = (K - PH + S - 1) / S;
-  Vec acc[kRows * K] = {};
+// Adds one input row's products to the weight's gradient, for `Rows` kernel rows from PH + S * first on: input column iw
+// meets the output columns as above.
+template <int K, int S, int PH, int Rows>
+inline void weight_grad_rows(int64_t width, int64_t pad_w, const float* activated, const float* const* dy, int first,
+                             float* weight_grad) {
+  Vec acc[Rows * K] = {};
   const auto column = [&]<int PW>(int64_t iw) {
-    weight_grad_column<K, S, PH, PW>(iw, pad_w, load(activated + iw * kLanes), dy, acc);
+    const Vec a = load(activated + iw * kLanes);
+    const int64_t last = (iw + pad_w) / S;
+#pragma GCC unroll 8
+    for (int j = 0; j < Rows; ++j)
+#pragma GCC unroll 8
+      for (int i = 0; PW + S * i < K; ++i) acc[j * K + PW + S * i] += load(dy[first + j] + (last - i) * kLanes) * a;
   };
   int64_t iw = 0;
   if constexpr (S == 1) {
@@ -78,12 +74,23 @@ inline void weight_grad_row(int64_t width, int64_t pad_w, const float* activated
     if (iw < width) column.template operator()<0>(iw);
   }
 #pragma GCC unroll 8
-  for (int j = 0; j < kRows; ++j)
+  for (int j = 0; j < Rows; ++j)
 #pragma GCC unroll 8
     for (int kw = 0; kw < K; ++kw) {
-      float* sum = weight_grad + ((PH + S * j) * K + kw) * kLanes;
+      float* sum = weight_grad + ((PH + S * (first + j)) * K + kw) * kLanes;
       store(sum, load(sum) + acc[j * K + kw]);
     }
+}
+
+template <int K, int S, int PH>
+inline void weight_grad_row(int64_t width, int64_t pad_w, const float* activated, const float* const* dy,
+                            float* weight_grad) {
+  // as many kernel rows at once as the register file holds the sums of
+  constexpr int kRows = (K - PH + S - 1) / S, kRegisters = kLanes == 16 ? 28 : 14;
+  constexpr int kTogether = std::min(kRows, std::max(1, kRegisters / K)), kRest = kRows % kTogether;
+  for (int first = 0; first + kTogether <= kRows; first += kTogether)
+    weight_grad_rows<K, S, PH, kTogether>(width, pad_w, activated, dy, first, weight_grad);
+  if constexpr (kRest > 0) weight_grad_rows<K, S, PH, kRest>(width, pad_w, activated, dy, kRows - kRest, weight_grad);
 }
 
 // Everything that the gradients `dy` bring to one input row in kernel rows PH, PH + S, ...
