@@ -13,30 +13,48 @@ namespace effnet_fast {
 // backward pass of 24 -> 144 channels at 56 px.
 inline int64_t block_rows(int64_t channels) { return channels <= 512 ? 128 : 64; }
 
+// Rows of the matrix of all pixels.
 struct Block {
-  int64_t chunk, image, pixel, rows;
+  int64_t chunk, begin, rows;
   bool first, last;  // of its chunk
+
+  // Calls f(image, begin, end) for the rows of each image.
+  template <class F>
+  void for_each_image(int64_t pixels, const F& f) const {
+    int64_t image = begin / pixels;
+    for (int64_t row = 0; row < rows; ++image) {
+      const int64_t end = std::min(rows, (image + 1) * pixels - begin);
+      f(image, row, end);
+      row = end;
+    }
+  }
 };
 
-// A task of a product is a chunk of one image's pixels. The cut follows from the shape alone, so that sums over chunks do
-// not depend on the number of threads.
+// A task of a product is a chunk of pixels: part of an image, or several whole ones. The cut follows from the shape alone,
+// so that sums over chunks do not depend on the number of threads.
 struct PixelChunks {
-  int64_t pixels, per_image, count;
+  int64_t images, pixels, per_image, images_each, count;
 
-  explicit PixelChunks(const Shape& s) : pixels(s.pixels()) {
-    const int64_t size = std::clamp<int64_t>(s.n * pixels / 64, 64, 1024);
+  explicit PixelChunks(const Shape& s) : images(s.n), pixels(s.pixels()) {
+    const int64_t size = std::clamp<int64_t>(images * pixels / 64, 128, 1024);
     per_image = (pixels + size - 1) / size;
-    count = s.n * per_image;
+    images_each = std::max<int64_t>(size / pixels, 1);
+    count = (images * per_image + images_each - 1) / images_each;
   }
-  int64_t begin(int64_t chunk) const { return pixels * (chunk % per_image) / per_image; }
-  int64_t end(int64_t chunk) const { return pixels * (chunk % per_image + 1) / per_image; }
-  int64_t size(int64_t chunk) const { return end(chunk) - begin(chunk); }
+  int64_t begin(int64_t chunk) const {
+    const int64_t image = std::min(chunk / per_image * images_each, images);
+    return image * pixels + pixels * (chunk % per_image) / per_image;
+  }
+  int64_t size(int64_t chunk) const { return begin(chunk + 1) - begin(chunk); }
+  // Where the sums over an image's pixels in a chunk belong, of images * per_image places.
+  int64_t place(int64_t image, int64_t chunk) const { return image * per_image + chunk % per_image; }
 
   template <class F>
   void for_each_block(int64_t chunk, int64_t max_rows, const F& f) const {
-    for (int64_t pixel = begin(chunk); pixel < end(chunk); pixel += max_rows) {
-      const int64_t rows = std::min(max_rows, end(chunk) - pixel);
-      f(Block{chunk, chunk / per_image, pixel, rows, pixel == begin(chunk), pixel + rows == end(chunk)});
+    const int64_t end = begin(chunk + 1);
+    for (int64_t row = begin(chunk); row < end; row += max_rows) {
+      const int64_t rows = std::min(max_rows, end - row);
+      f(Block{chunk, row, rows, row == begin(chunk), row + rows == end});
     }
   }
 };
@@ -81,16 +99,19 @@ inline void form_rows(const T* x, const Shape& s, const Block& block, const Gate
   for (int64_t v = 0; v < s.vectors(); ++v)
     with_lanes(v, s.c, [&](auto lanes) {
       const int64_t c = v * kLanes;
-      const Vec gate = input.gate ? load(input.gate + block.image * s.c + c, lanes) : broadcast(1.f);
-      const T* from = x + (block.image * s.pixels() + block.pixel) * s.c + c;
-      if (!input.scale) {
-        for (int64_t r = 0; r < block.rows; ++r)
-          Words<T>::store_row(rows + r * row_words, c, load(from + r * s.c, lanes) * gate);
-        return;
-      }
-      const Vec scale = load(input.scale + c, lanes), shift = load(input.shift + c, lanes);
-      for (int64_t r = 0; r < block.rows; ++r)
-        Words<T>::store_row(rows + r * row_words, c, silu<T>(load(from + r * s.c, lanes) * scale + shift) * gate);
+      const T* from = x + block.begin * s.c + c;
+      const Vec scale = input.scale ? load(input.scale + c, lanes) : Vec{};
+      const Vec shift = input.scale ? load(input.shift + c, lanes) : Vec{};
+      block.for_each_image(s.pixels(), [&](int64_t image, int64_t begin, int64_t end) {
+        const Vec gate = input.gate ? load(input.gate + image * s.c + c, lanes) : broadcast(1.f);
+        if (!input.scale) {
+          for (int64_t r = begin; r < end; ++r)
+            Words<T>::store_row(rows + r * row_words, c, load(from + r * s.c, lanes) * gate);
+          return;
+        }
+        for (int64_t r = begin; r < end; ++r)
+          Words<T>::store_row(rows + r * row_words, c, silu<T>(load(from + r * s.c, lanes) * scale + shift) * gate);
+      });
     });
 }
 
@@ -135,7 +156,8 @@ std::tuple<Tensor, Tensor, Tensor> pointwise_stats(const Tensor& x, const Tensor
   const PixelChunks chunks(s);
   Tensor y = empty_nhwc({s.n, channels, s.h, s.w}, x.scalar_type());
   Tensor mean = empty_floats({channels}), m2 = empty_floats({channels});
-  Tensor means = empty_floats({chunks.count, channels}), m2s = empty_floats({chunks.count, channels});
+  std::vector<double> means(chunks.count * channels);
+  std::vector<float> m2s(chunks.count * channels);
   dispatch(x, "x", [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     T* out = (T*)y.mutable_data_ptr();
@@ -143,30 +165,35 @@ std::tuple<Tensor, Tensor, Tensor> pointwise_stats(const Tensor& x, const Tensor
     const auto emit = [&](const Block& block, int64_t vector, const float* from, int64_t stride, float* state) {
       with_lanes(vector, channels, [&](auto lanes) {
         const int64_t c = vector * kLanes;
-        T* to = out + (block.image * s.pixels() + block.pixel) * channels + c;
-        // around the chunk's first value, so that a large mean does not cancel in the squares
-        const Vec center = block.first ? load(from) : load(state);
-        Vec sum = block.first ? Vec{} : load(state + kLanes), square = block.first ? Vec{} : load(state + 2 * kLanes);
+        T* to = out + block.begin * channels + c;
+        // around the mean of the chunk's first block, so that a large mean does not cancel in the squares
+        Vec center = load(state), sum = load(state + kLanes), square = load(state + 2 * kLanes);
+        if (block.first) {
+          sum = square = Vec{};
+          for (int64_t r = 0; r < block.rows; ++r) sum += load(from + r * stride);
+          center = sum / (float)block.rows;
+          sum = Vec{};
+        }
         for (int64_t r = 0; r < block.rows; ++r) {
           const Vec value = load(from + r * stride), d = value - center;
           store(to + r * channels, value, lanes);
           sum += d;
           square += d * d;
         }
-        if (block.last) {
-          const Vec d = sum / (float)chunks.size(block.chunk);
-          store(floats(means) + block.chunk * channels + c, center + d, lanes);
-          store(floats(m2s) + block.chunk * channels + c, square - sum * d, lanes);
-        } else {
-          store(state, center);
-          store(state + kLanes, sum);
-          store(state + 2 * kLanes, square);
-        }
+        store(state, center);
+        store(state + kLanes, sum);
+        store(state + 2 * kLanes, square);
+        if (block.last)
+          for (int lane = 0; lane < lanes; ++lane) {
+            const double d = (double)sum[lane] / (double)chunks.size(block.chunk);
+            means[block.chunk * channels + c + lane] = center[lane] + d;
+            m2s[block.chunk * channels + c + lane] = (float)(square[lane] - sum[lane] * d);
+          }
       });
     };
     multiply_pixels((const T*)x.const_data_ptr(), s, input, panels, channels, chunks, emit);
   });
-  combine_moments(floats(means), floats(m2s), chunks.count, channels, [&](int64_t chunk) { return chunks.size(chunk); },
+  combine_moments(means.data(), m2s.data(), chunks.count, channels, [&](int64_t chunk) { return chunks.size(chunk); },
                   floats(mean), floats(m2));
   return {y, mean, m2};
 }
@@ -188,7 +215,7 @@ Tensor pointwise_affine(const Tensor& x, const Tensor& weight, const OptionalTen
     const Tensor panels = pack_panels<Words<T>>(w.data(), s.c, channels, 1, s.c);
     const auto emit = [&](const Block& block, int64_t vector, const float* from, int64_t stride, float*) {
       with_lanes(vector, channels, [&](auto lanes) {
-        const int64_t c = vector * kLanes, first = (block.image * s.pixels() + block.pixel) * channels + c;
+        const int64_t c = vector * kLanes, first = block.begin * channels + c;
         const Vec scale = load(sc + c, lanes), shift = load(sh + c, lanes);
         for (int64_t r = 0; r < block.rows; ++r) {
           const int64_t at = first + r * channels;
@@ -210,6 +237,18 @@ struct InputActivation {
   const float* gate;                         // [N, C] or null
 };
 
+// Writes row r of `rows` as words that pair neighbouring rows, `stride` apart. `before` is the value of the row before;
+// returns what is to be handed to the next call.
+template <class W>
+inline Vec store_pair(float* to, int64_t stride, int64_t r, int64_t rows, Vec before, Vec value) {
+  const bool second = r % W::kDepth == W::kDepth - 1;
+  if (second)
+    store(to + r / W::kDepth * stride, W::kDepth == 1 ? value : W::pair(before, value));
+  else if (r == rows - 1)
+    store(to + r / W::kDepth * stride, W::pair(value, Vec{}));
+  return value;
+}
+
 // Writes the output's gradient for a block of pixels as rows of words, and again with words that pair neighbouring rows
 // (the same memory where a word is one float).
 template <class T>
@@ -218,20 +257,20 @@ inline void form_grad_rows(const T* grad, const T* y, const Shape& s, const Bloc
   using W = Words<T>;
   for (int64_t v = 0; v < s.vectors(); ++v)
     with_lanes(v, s.c, [&](auto lanes) {
-      const int64_t c = v * kLanes, first = (block.image * s.pixels() + block.pixel) * s.c + c;
-      const auto write = [&](const auto& value) {
-        for (int64_t r = 0; r < block.rows; r += W::kDepth) {
-          Vec d[2] = {};
-          for (int i = 0; i < W::kDepth && r + i < block.rows; ++i) {
-            d[i] = value(first + (r + i) * s.c);
-            W::store_row(rows + (r + i) * row_words, c, d[i]);
+      const int64_t c = v * kLanes, first = block.begin * s.c + c;
+      Vec before = {};
+      block.for_each_image(s.pixels(), [&](int64_t image, int64_t begin, int64_t end) {
+        const auto write = [&](const auto& value) {
+          for (int64_t r = begin; r < end; ++r) {
+            const Vec d = value(first + r * s.c);
+            W::store_row(rows + r * row_words, c, d);
+            if constexpr (W::kDepth > 1) before = store_pair<W>(row_pairs + c, row_words, r, block.rows, before, d);
           }
-          if constexpr (W::kDepth > 1) store(row_pairs + r / W::kDepth * row_words + c, W::pair(d[0], d[1]));
-        }
-      };
-      if (!op.scale) return write([&](int64_t at) { return load(grad + at, lanes); });
-      write([&, dy = op.of<T>(block.image, s.c, c, lanes)](int64_t at) {
-        return dy(load(grad + at, lanes), load(y + at, lanes));
+        };
+        if (!op.scale) return write([&](int64_t at) { return load(grad + at, lanes); });
+        write([&, dy = op.of<T>(image, s.c, c, lanes)](int64_t at) {
+          return dy(load(grad + at, lanes), load(y + at, lanes));
+        });
       });
     });
 }
@@ -240,41 +279,43 @@ inline void form_grad_rows(const T* grad, const T* y, const Shape& s, const Bloc
 // (plus residual), sums what the input's BatchNorm and gate need, and writes the activated input as words that pair rows.
 template <class T, class Lanes>
 inline void emit_input_grad(const float* from, int64_t stride, const T* x, const T* residual, const Shape& s,
-                            const Block& block, int64_t c, Lanes lanes, const InputActivation& op, T* dx, float* sums,
-                            float* activated) {
+                            const PixelChunks& chunks, const Block& block, int64_t c, Lanes lanes,
+                            const InputActivation& op, T* dx, float* sums, float* activated) {
   using W = Words<T>;
-  const int64_t first = (block.image * s.pixels() + block.pixel) * s.c + c;
-  const auto each = [&](const auto& row) {
-    for (int64_t r = 0; r < block.rows; r += W::kDepth) {
-      Vec value[2] = {};
-      for (int i = 0; i < W::kDepth && r + i < block.rows; ++i)
-        value[i] = row(first + (r + i) * s.c, load(from + (r + i) * stride));
-      store(activated + r / W::kDepth * stride, W::pair(value[0], value[1]));
+  const int64_t first = block.begin * s.c + c;
+  Vec before = {};
+  const auto each = [&](int64_t begin, int64_t end, const auto& row) {
+    for (int64_t r = begin; r < end; ++r) {
+      const Vec value = row(first + r * s.c, load(from + r * stride));
+      before = store_pair<W>(activated, stride, r, block.rows, before, value);
     }
   };
   if (!op.scale)
-    return each([&](int64_t at, Vec grad) {
+    return each(0, block.rows, [&](int64_t at, Vec grad) {
       store(dx + at, residual ? grad + load(residual + at, lanes) : grad, lanes);
       return load(x + at, lanes);
     });
   const Vec scale = load(op.scale + c, lanes), shift = load(op.shift + c, lanes);
   const Vec mean = load(op.mean + c, lanes), rstd = load(op.rstd + c, lanes);
-  const Vec gate = op.gate ? load(op.gate + block.image * s.c + c, lanes) : broadcast(1.f);
-  Vec sum[5];
-  for (int i = 0; i < 5; ++i) sum[i] = load(sums + i * s.c + c, lanes);
-  each([&](int64_t at, Vec grad) {
-    store(dx + at, grad, lanes);
-    grad = load(dx + at, lanes);  // as rounded
-    const Vec value = load(x + at, lanes), u = value * scale + shift, hat = (value - mean) * rstd;
-    const Vec sig = sigmoid<T>(u), z = u * sig, slope = silu_slope(sig, z), du = grad * slope;
-    sum[0] += grad * z;
-    sum[1] += du;
-    sum[2] += slope;
-    sum[3] += du * hat;
-    sum[4] += slope * hat;
-    return z * gate;
+  block.for_each_image(s.pixels(), [&](int64_t image, int64_t begin, int64_t end) {
+    const Vec gate = op.gate ? load(op.gate + image * s.c + c, lanes) : broadcast(1.f);
+    float* image_sums = sums + chunks.place(image, block.chunk) * 5 * s.c + c;
+    Vec sum[5];
+    for (int i = 0; i < 5; ++i) sum[i] = load(image_sums + i * s.c, lanes);
+    each(begin, end, [&](int64_t at, Vec grad) {
+      store(dx + at, grad, lanes);
+      grad = load(dx + at, lanes);  // as rounded
+      const Vec value = load(x + at, lanes), u = value * scale + shift, hat = (value - mean) * rstd;
+      const Vec sig = sigmoid<T>(u), z = u * sig, slope = silu_slope(sig, z), du = grad * slope;
+      sum[0] += grad * z;
+      sum[1] += du;
+      sum[2] += slope;
+      sum[3] += du * hat;
+      sum[4] += slope * hat;
+      return z * gate;
+    });
+    for (int i = 0; i < 5; ++i) store(image_sums + i * s.c, sum[i], lanes);
   });
-  for (int i = 0; i < 5; ++i) store(sums + i * s.c + c, sum[i], lanes);
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward_pointwise(
@@ -303,7 +344,8 @@ std::tuple<Tensor, Tensor, Tensor> backward_pointwise(
   const int64_t grad_row = s.vectors() * kLanes;
   Tensor dx = empty_nhwc(s, x.scalar_type()), dweight = empty_floats({out.c, s.c, 1, 1});
   Tensor partial = torch::stable::new_zeros(dweight, {groups, out.c, grad_row});
-  Tensor chunk_sums = torch::stable::new_zeros(dweight, {chunks.count, 5, activation.scale ? s.c : 0});
+  const int64_t channels = activation.scale ? s.c : 0;
+  Tensor image_sums = torch::stable::new_zeros(dweight, {s.n * chunks.per_image, 5, channels});
   dispatch(x, "x", [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using W = Words<T>;
@@ -326,9 +368,9 @@ std::tuple<Tensor, Tensor, Tensor> backward_pointwise(
             for (int v = 0; v < V; ++v)
               with_lanes(panel * kPanelVectors + v, s.c, [&](auto lanes) {
                 emit_input_grad(products + v * kLanes, V * kLanes, (const T*)x.const_data_ptr(),
-                                residual ? (const T*)residual->const_data_ptr() : nullptr, s, block,
+                                residual ? (const T*)residual->const_data_ptr() : nullptr, s, chunks, block,
                                 (panel * kPanelVectors + v) * kLanes, lanes, activation, (T*)dx.mutable_data_ptr(),
-                                floats(chunk_sums) + block.chunk * 5 * s.c, activated + v * kLanes);
+                                floats(image_sums), activated + v * kLanes);
               });
             multiply_panel<W, V>(out.c, (block.rows + W::kDepth - 1) / W::kDepth, row_pairs, 1, row_words, activated,
                                  V * kLanes, weight_grad + panel * kPanelColumns, grad_row, true);
@@ -346,13 +388,12 @@ std::tuple<Tensor, Tensor, Tensor> backward_pointwise(
           store(floats(dweight) + row * s.c + v * kLanes, sum, lanes);
         });
   });
-  const int64_t channels = activation.scale ? s.c : 0;
   Tensor sums = torch::stable::new_zeros(dweight, {channels ? 5 : 0, s.n, channels});
-  for (int64_t chunk = 0; chunk < chunks.count; ++chunk)
+  for (int64_t place = 0; place < s.n * chunks.per_image; ++place)
     for (int64_t i = 0; i < 5; ++i)
       for (int64_t c = 0; c < channels; ++c)
-        floats(sums)[(i * s.n + chunk / chunks.per_image) * channels + c] +=
-            floats(chunk_sums)[(chunk * 5 + i) * channels + c];
+        floats(sums)[(i * s.n + place / chunks.per_image) * channels + c] +=
+            floats(image_sums)[(place * 5 + i) * channels + c];
   return {dx, dweight, sums};
 }
 

@@ -95,8 +95,8 @@ inline float* scratch(size_t count) {
 
 // Partial statistics of disjoint sets of values of one channel, combined in a fixed order in double (Chan et al. 1983).
 // means and m2s: [parts, channels]; count(part) values each.
-template <class Count>
-inline void combine_moments(const float* means, const float* m2s, int64_t parts, int64_t channels, const Count& count,
+template <class Mean, class Count>
+inline void combine_moments(const Mean* means, const float* m2s, int64_t parts, int64_t channels, const Count& count,
                             float* mean, float* m2) {
   double total = 0;
   for (int64_t p = 0; p < parts; ++p) total += (double)count(p);
