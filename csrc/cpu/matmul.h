@@ -43,6 +43,8 @@ using Words = FloatWords;
 constexpr int kPanelVectors = 2;
 constexpr int kTileRows = kLanes == 16 ? 12 : 6;
 constexpr int64_t kPanelColumns = kPanelVectors * kLanes;
+// Words that are summed up at once: as many as leave the panel of columns in the first-level cache while all rows pass.
+constexpr int64_t kMaxWords = 320;
 
 // c[m, :] (+)= sum over k of a[m, k] * b[k, :] for M rows and V vectors of columns. Word (m, k) of a is at
 // a + m * a_row + k * a_step, of b at b + k * b_step.
@@ -73,7 +75,7 @@ void multiply_tile(int64_t words, const float* a, int64_t a_row, int64_t a_step,
     for (int v = 0; v < V; ++v) store(c + m * c_row + v * kLanes, sum[m][v]);
 }
 
-// The same for any number of rows, cut into tiles that are as even as can be. V: vectors in the panel of columns.
+// The same for any number of rows and words, cut into tiles that are as even as can be. V: vectors in the panel of columns.
 template <class W, int V>
 void multiply_panel(int64_t rows, int64_t words, const float* a, int64_t a_row, int64_t a_step, const float* b,
                     int64_t b_step, float* c, int64_t c_row, bool add) {
@@ -81,10 +83,14 @@ void multiply_panel(int64_t rows, int64_t words, const float* a, int64_t a_row, 
   constexpr auto kTiles = []<int... M>(std::integer_sequence<int, M...>) {
     return std::array<Tile, sizeof...(M)>{&multiply_tile<W, M + 1, V>...};
   }(std::make_integer_sequence<int, kTileRows>{});
-  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-  for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t first = rows * t / tiles, count = rows * (t + 1) / tiles - first;
-    kTiles[count - 1](words, a + first * a_row, a_row, a_step, b, b_step, c + first * c_row, c_row, add);
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows, blocks = (words + kMaxWords - 1) / kMaxWords;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t k = words * block / blocks, depth = words * (block + 1) / blocks - k;
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t first = rows * t / tiles, count = rows * (t + 1) / tiles - first;
+      kTiles[count - 1](depth, a + first * a_row + k * a_step, a_row, a_step, b + k * b_step, b_step,
+                        c + first * c_row, c_row, add || block > 0);
+    }
   }
 }
 
