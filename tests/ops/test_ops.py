@@ -45,6 +45,7 @@ class Block:
             "se_expand": (expanded, 5, 1, 1),
             "se_expand_bias": (expanded,),
             "project": (c_out, expanded, 1, 1),
+            "dense": (c_out, c_in, kernel, kernel),
         }
         weights = nn.ParameterDict({name: nn.Parameter(0.4 * torch.randn(s)) for name, s in shapes.items()})
         return cls(norms, weights, stride, same)
@@ -91,6 +92,14 @@ def call_dwconv(op: Callable[..., Tensor], block: Block, x: Tensor) -> Tensor:
     return op(x, block.weights["depthwise"], block.bn(1), **block.window())
 
 
+def call_conv(op: Callable[..., Tensor], block: Block, x: Tensor) -> Tensor:
+    return op(x, block.weights["dense"], block.bn(2), **block.window())
+
+
+def call_pointwise(op: Callable[..., Tensor], block: Block, x: Tensor) -> Tensor:
+    return op(x, block.weights["expand"], block.bn(0), silu=False)
+
+
 def call_bn_act(op: Callable[..., Tensor], block: Block, x: Tensor) -> Tensor:
     return op(x, block.bn(0), residual=x.detach() * 0.5, branch_scale=torch.tensor([2.0, 0.0, 0.5][: len(x)]))
 
@@ -109,6 +118,8 @@ OPS = {
     "mbconv_unexpanded": (ops.mbconv, ops.mbconv_eager, call_mbconv_unexpanded, False),
     "mbconv_section": (ops.mbconv_section, ops.mbconv_section_eager, call_section, False),
     "dwconv_bn_silu": (ops.dwconv_bn_silu, ops.dwconv_bn_silu_eager, call_dwconv, False),
+    "conv_bn_act": (ops.conv_bn_act, ops.conv_bn_act_eager, call_conv, True),
+    "conv_bn_act_pointwise": (ops.conv_bn_act, ops.conv_bn_act_eager, call_pointwise, True),
     "bn_act": (ops.bn_act, ops.bn_act_eager, call_bn_act, False),
     "bn": (ops.bn_act, ops.bn_act_eager, call_bn, False),
     "squeeze_excite": (ops.squeeze_excite, ops.squeeze_excite_eager, call_se, False),
@@ -257,7 +268,30 @@ def test_an_expanded_gradient() -> None:
     assert relative_error(x.grad, x64.grad) < 1e-4  # the gradient of a mean through a BatchNorm nearly cancels
 
 
-@pytest.mark.parametrize("name", ["mbconv", "mbconv_section", "dwconv_bn_silu", "bn_act", "squeeze_excite"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("channels", "kernel", "stride", "same"), [(3, 3, 2, False), (1, 3, 2, True), (5, 5, 1, True)])
+def test_convolution_of_an_image(channels: int, kernel: int, stride: int, same: bool, dtype: torch.dtype) -> None:
+    """Few channels, whose number is no multiple of 8, and a gradient of the image itself."""
+    block = Block.make(channels, 24, 8, kernel, stride, same)
+    wide = block.double()
+    x = torch.randn(2, channels, 13, 10, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    x64 = x.detach().double().requires_grad_()
+    out, out64 = call_conv(ops.conv_bn_act, block, x), call_conv(ops.conv_bn_act_eager, wide, x64)
+    grad = torch.randn_like(out64)
+    out.backward(grad.to(dtype))
+    out64.backward(grad.to(dtype).double())
+    for actual, expected in (
+        (out, out64),
+        (x.grad, x64.grad),
+        (block.weights["dense"].grad, wide.weights["dense"].grad),
+        (block.norms[2].running_var, wide.norms[2].running_var),
+    ):
+        assert relative_error(actual, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(
+    "name", ["mbconv", "mbconv_section", "dwconv_bn_silu", "conv_bn_act", "bn_act", "squeeze_excite"]
+)
 def test_gradcheck_of_the_algebra_in_float64(name: str) -> None:
     """The custom ops take float64 through the reference passes, so finite differences check the algebra itself."""
     uses_input = OPS[name][3]
@@ -267,6 +301,7 @@ def test_gradcheck_of_the_algebra_in_float64(name: str) -> None:
         "mbconv": torch.ops.effnet_fast.mbconv,
         "mbconv_section": torch.ops.effnet_fast.mbconv_section,
         "dwconv_bn_silu": torch.ops.effnet_fast.mbconv_section,
+        "conv_bn_act": torch.ops.effnet_fast.conv_bn_act,
         "bn_act": torch.ops.effnet_fast.bn_act,
         "squeeze_excite": torch.ops.effnet_fast.squeeze_excite,
     }[name]
@@ -290,6 +325,7 @@ def test_gradcheck_of_the_algebra_in_float64(name: str) -> None:
         ),
         "mbconv_section": (*norms[0], w["depthwise"], *norms[1], *se, 1, False),
         "dwconv_bn_silu": (None, None, 0.0, w["depthwise"], *norms[1], None, None, None, None, 1, False),
+        "conv_bn_act": (w["dense"], *norms[2], 2, False, True),
         "bn_act": (*norms[0], True, torch.randn(x.shape, dtype=torch.float64), scale),
         "squeeze_excite": se,
     }[name]
@@ -378,6 +414,10 @@ WRONG: list[tuple[Callable[[Block, Tensor], Tensor], str]] = [
     (lambda b, x: ops.bn_act(x[0], b.bn(0)), "y: got shape"),
     (lambda b, x: ops.bn_act(x[:, :8], b.bn(0)), "bn: got 48 channels, must be for 8"),
     (lambda b, x: ops.bn_act(x, b.bn(0), residual=x[:1]), "residual: got shape"),
+    (
+        lambda b, x: ops.conv_bn_act(x, b.weights["dense"], b.bn(2)),
+        r"weight: got shape .*, must be \[C_out, 48, k, k\]",
+    ),
     (lambda b, x: ops.dwconv_bn_silu(x[:, :8], b.weights["depthwise"], b.bn(1)), "x: got 8 channels, weight takes 48"),
     (lambda b, x: ops.dwconv_bn_silu(x, b.weights["project"], b.bn(1)), "weight: got shape"),
     (lambda b, x: ops.mbconv_section(x[0], b.bn(0), b.weights["depthwise"], b.bn(1), b.se()), "e: got shape"),
