@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from effnet_fast.ops.activations import as_activation, channels_last, refuse_double_backward
 from effnet_fast.ops.bn_act import bn_act, bn_act_eager
+from effnet_fast.ops.memory_policy import Memory, check_memory
 from effnet_fast.ops.normalization import BatchNorm, Norm, batch_norm_grad, batch_stats, values_per_channel
 from effnet_fast.passes.backend import passes_for, resolve
 from effnet_fast.passes.products import patches_grad, window_padding
@@ -15,17 +16,26 @@ from effnet_fast.passes.schema import output_size
 
 
 def conv_bn_act(
-    x: Tensor, weight: Tensor, bn: BatchNorm, *, stride: int = 1, same: bool = False, silu: bool = True
+    x: Tensor,
+    weight: Tensor,
+    bn: BatchNorm,
+    *,
+    stride: int = 1,
+    same: bool = False,
+    silu: bool = True,
+    memory: Memory = "fast",
 ) -> Tensor:
     """SiLU(bn(convolution of x)), or without the SiLU: [N, C_in, H, W] to [N, C_out, H', W'], channels_last.
 
     weight [C_out, C_in, k, k]; same: TensorFlow's SAME padding, else k // 2 on every side. On the CPU the convolution
     is a matrix product, for k > 1 over patches of x; on other devices it is PyTorch's, and `bn_act` follows.
-    In training, kept for backward are x and the convolution's output, and bn's running statistics are updated. Not
-    twice differentiable. Gradients in eval mode, and calls that no native backend can run, take `conv_bn_act_eager`.
+    In training, kept for backward are x and, unless memory is "min", the convolution's output; bn's running statistics
+    are updated. Not twice differentiable. Gradients in eval mode, and calls that no native backend can run, take
+    `conv_bn_act_eager`.
     Raises ValueError that names the argument, or RuntimeError if a backend was insisted on and can't run the call.
     """
     x = as_activation(x, "x")
+    check_memory(memory)
     if weight.dim() != 4 or weight.shape[1] != x.shape[1] or weight.shape[2] != weight.shape[3]:
         raise ValueError(f"weight: got shape {tuple(weight.shape)}, must be [C_out, {x.shape[1]}, k, k]")
     bn.check(weight.shape[0], "bn")
@@ -38,8 +48,8 @@ def conv_bn_act(
         passes = passes_for(x.new_empty(0, weight.shape[0], 1, 1))
         source, matrix = _as_product(passes, x, weight, stride, same)
         return passes.pointwise_affine(source, matrix, None, *bn.running()[:2], silu, None)
-    out, y, stats = _conv_bn_act(x, weight, bn.weight, bn.bias, bn.eps, stride, same, silu)
-    bn.update(stats, values_per_channel(y))
+    out, _, stats = _conv_bn_act(x, weight, bn.weight, bn.bias, bn.eps, stride, same, silu, memory)
+    bn.update(stats, values_per_channel(out))
     return out
 
 
@@ -78,23 +88,33 @@ def _as_product(passes: Any, x: Tensor, weight: Tensor, stride: int, same: bool)
 
 @torch.library.custom_op("effnet_fast::conv_bn_act", mutates_args=())
 def _conv_bn_act(
-    x: Tensor, weight: Tensor, bn_weight: Tensor, bn_bias: Tensor, eps: float, stride: int, same: bool, silu: bool
+    x: Tensor,
+    weight: Tensor,
+    bn_weight: Tensor,
+    bn_bias: Tensor,
+    eps: float,
+    stride: int,
+    same: bool,
+    silu: bool,
+    memory: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """out, y, stats."""
+    """out, y (empty if not kept), stats."""
     passes = passes_for(x.new_empty(0, weight.shape[0], 1, 1))
     y, *moments = passes.pointwise_stats(*_as_product(passes, x, weight, stride, same), None, None, None)
     stats = batch_stats(moments, bn_weight, bn_bias, eps, values_per_channel(y))
-    return passes.apply(y, stats[0], stats[1], silu, None, None), y, stats
+    out = passes.apply(y, stats[0], stats[1], silu, None, None)
+    return out, x.new_empty(0) if memory == "min" else y, stats
 
 
 @_conv_bn_act.register_fake
-def _(x, weight, bn_weight, bn_bias, eps, stride, same, silu):
+def _(x, weight, bn_weight, bn_bias, eps, stride, same, silu, memory):
     n, _, h, w = x.shape
     out_channels, _, kernel, _ = weight.shape
     h, w = (output_size(size, kernel, stride, same) for size in (h, w))
     out = x.new_empty(n, h, w, out_channels).permute(0, 3, 1, 2)
     floats = torch.promote_types(x.dtype, torch.float32)
-    return out, torch.empty_like(out), x.new_empty(5, out_channels, dtype=floats)
+    y = x.new_empty(0) if memory == "min" else torch.empty_like(out)
+    return out, y, x.new_empty(5, out_channels, dtype=floats)
 
 
 @torch.library.custom_op("effnet_fast::conv_bn_act_backward", mutates_args=())
@@ -110,11 +130,13 @@ def _conv_bn_act_backward(
     input_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x (empty unless asked for), weight, and of bn's weight and bias [2, C]."""
-    passes = passes_for(y)
+    passes = passes_for(dout)
     dout, norm = channels_last(dout), Norm.of(stats)
+    source, matrix = _as_product(passes, x, weight, stride, same)
+    if not y.numel():
+        y, _, _ = passes.pointwise_stats(source, matrix, None, None, None)
     sums = passes.backward_sums(dout, y, *norm, silu)
     grad = batch_norm_grad(norm, (sums[[1, 3]] if silu else sums).sum(1), values_per_channel(y))
-    source, matrix = _as_product(passes, x, weight, stride, same)
     dx, dmatrix, _ = passes.backward_pointwise(
         dout, y, source, matrix, *norm[:3], silu, None, grad.a, grad.b, *(None,) * 6
     )
@@ -134,7 +156,7 @@ def _(dout, x, y, stats, weight, stride, same, silu, input_grad):
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, _, _, _, *options = inputs
+    x, weight, _, _, _, *options, _ = inputs
     ctx.save_for_backward(x, *output[1:], weight)
     ctx.options = options
     ctx.mark_non_differentiable(*output[1:])
@@ -143,10 +165,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, dout: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if dout is None:
-        return (None,) * 8
+        return (None,) * 9
     input_grad = ctx.needs_input_grad[0]
     dx, dweight, affine = _conv_bn_act_backward(dout, *ctx.saved_tensors, *ctx.options, input_grad)
-    return dx if input_grad else None, dweight, *affine, None, None, None, None
+    return dx if input_grad else None, dweight, *affine, *(None,) * 5
 
 
 _conv_bn_act.register_autograd(_backward, setup_context=_setup_context)

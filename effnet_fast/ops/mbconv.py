@@ -8,11 +8,16 @@ from torch import Tensor
 from effnet_fast.ops import section as sections
 from effnet_fast.ops.activations import as_activation, channels_last, refuse_double_backward
 from effnet_fast.ops.bn_act import branch_gate
+from effnet_fast.ops.memory_policy import Memory, check_memory
 from effnet_fast.ops.normalization import BatchNorm, Norm, batch_norm_grad, batch_stats, values_per_channel
 from effnet_fast.ops.squeeze_excite import SqueezeExcite
 from effnet_fast.passes.backend import passes_for, resolve
+from effnet_fast.passes.products import identity
 from effnet_fast.passes.reference import dwconv
 from effnet_fast.passes.schema import dwconv_output, pointwise_output
+
+# Whether e, y and p are kept for backward.
+_KEPT = {"fast": (True, True, True), "lean": (False, True, True), "min": (False, False, False)}
 
 
 def mbconv(
@@ -29,6 +34,7 @@ def mbconv(
     same: bool = False,
     residual: bool = False,
     branch_scale: Tensor | None = None,
+    memory: Memory = "fast",
 ) -> Tensor:
     """An MBConv block (EfficientNet, Tan & Le 2019, table 1): [N, C_in, H, W] to [N, C_out, H', W'], channels_last.
 
@@ -37,12 +43,14 @@ def mbconv(
     same: TensorFlow's SAME padding, else k // 2 on every side.
     residual: add x. branch_scale [N]: factor of the branch before the addition (drop path).
 
-    In training, kept for backward are x, the two convolutions' outputs e and y, and the projection's output;
-    BatchNorm's running statistics are updated. Not twice differentiable. Gradients in eval mode, and calls that no
-    native backend can run, take `mbconv_eager`.
+    memory: what training keeps for backward besides x: "fast" the outputs of all three convolutions, e, y and p; "lean"
+    y and p; "min" nothing. The rest is computed again, from the same statistics: gradients are the same, bit for bit.
+    BatchNorm's running statistics are updated in training. Not twice differentiable. Gradients in eval mode, and calls
+    that no native backend can run, take `mbconv_eager`, which keeps what autograd keeps.
     Raises ValueError that names the argument, or RuntimeError if a backend was insisted on and can't run the call.
     """
     x = as_activation(x, "x")
+    check_memory(memory)
     _check(x, w_expand, bn1, w_depthwise, bn2, se, w_project, bn3, residual, stride)
     norms = [bn2, bn3] if bn1 is None else [bn1, bn2, bn3]
     training = bn2.training
@@ -55,7 +63,7 @@ def mbconv(
         return mbconv_eager(*operands, stride=stride, same=same, residual=residual, branch_scale=branch_scale)
     if not training:
         return _inference(*operands, stride, same, residual, branch_scale)
-    out, e, y, p, stats1, stats2, stats3, _ = _mbconv(
+    out, _, _, _, stats1, stats2, stats3, _ = _mbconv(
         x,
         w_expand,
         bn1.weight if bn1 else None,
@@ -74,11 +82,12 @@ def mbconv(
         stride,
         same,
         residual,
+        memory,
     )
     if bn1:
-        bn1.update(stats1, values_per_channel(e))
-    bn2.update(stats2, values_per_channel(y))
-    bn3.update(stats3, values_per_channel(p))
+        bn1.update(stats1, values_per_channel(x))
+    bn2.update(stats2, values_per_channel(out))
+    bn3.update(stats3, values_per_channel(out))
     return out
 
 
@@ -156,8 +165,9 @@ def _mbconv(
     stride: int,
     same: bool,
     residual: bool,
+    memory: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """out, e (empty without expansion), y, p, stats1, stats2, stats3, squeeze: see `section.Kept`."""
+    """out, e, y, p (empty if not kept), stats1, stats2, stats3, squeeze: see `section.Kept`."""
     passes = passes_for(x, w_depthwise.shape[-1], stride)
     e, stats1 = x, None
     if w_expand is not None and bn1_weight is not None and bn1_bias is not None:
@@ -169,20 +179,24 @@ def _mbconv(
     stats3 = batch_stats(moments, bn3_weight, bn3_bias, bn3_eps, values_per_channel(p))
     gate = branch_gate(branch_scale, p)
     out = passes.apply(p, stats3[0], stats3[1], False, gate, x if residual else None)
-    return out, x.new_empty(0) if w_expand is None else e, kept.y, p, kept.stats1, kept.stats2, stats3, kept.squeeze
+    e = x.new_empty(0) if w_expand is None else e
+    e, y, p = (t if keeps else x.new_empty(0) for t, keeps in zip((e, kept.y, p), _KEPT[memory], strict=True))
+    return out, e, y, p, kept.stats1, kept.stats2, stats3, kept.squeeze
 
 
 @_mbconv.register_fake
 def _(
     x, w_expand, bn1_weight, bn1_bias, bn1_eps, w_depthwise, bn2_weight, bn2_bias, bn2_eps, w_se_reduce, b_se_reduce,
-    w_se_expand, b_se_expand, w_project, bn3_weight, bn3_bias, bn3_eps, branch_scale, stride, same, residual,
+    w_se_expand, b_se_expand, w_project, bn3_weight, bn3_bias, bn3_eps, branch_scale, stride, same, residual, memory,
 ):  # fmt: skip
     e = x if w_expand is None else pointwise_output(x, w_expand)
     y = dwconv_output(e, w_depthwise, stride, same)
     p = pointwise_output(y, w_project)
     stats1, stats2, squeeze = sections.fake_stats(e, w_expand is not None, True)
     stats3 = stats2.new_empty(5, p.shape[1])
-    return torch.empty_like(p), x.new_empty(0) if w_expand is None else e, y, p, stats1, stats2, stats3, squeeze
+    out, e = torch.empty_like(p), x.new_empty(0) if w_expand is None else e
+    e, y, p = (t if keeps else x.new_empty(0) for t, keeps in zip((e, y, p), _KEPT[memory], strict=True))
+    return out, e, y, p, stats1, stats2, stats3, squeeze
 
 
 @torch.library.custom_op("effnet_fast::mbconv_backward", mutates_args=())
@@ -211,8 +225,9 @@ def _mbconv_backward(
     """Gradients of x, bn3 [2, C] (weight, bias), bn2, w_project, w_depthwise, se, and with expansion w_expand, bn1."""
     passes = passes_for(x, w_depthwise.shape[-1], stride)
     dout = channels_last(dout)
-    kept = sections.Kept(y, stats1, stats2, squeeze)
     norm2, norm3 = Norm.of(stats2), Norm.of(stats3)
+    e, y, p = _recompute(passes, x, e, y, p, stats1, norm2, squeeze, w_expand, w_depthwise, w_project, stride, same)
+    kept = sections.Kept(y, stats1, stats2, squeeze)
     gate = branch_gate(branch_scale, p)
     sums = passes.backward_sums(dout, p, *norm3, False)
     dbn3 = batch_norm_grad(norm3, (sums if gate is None else sums * gate).sum(1), values_per_channel(p))
@@ -220,8 +235,7 @@ def _mbconv_backward(
         dout, p, y, w_project, *norm3[:3], False, gate, dbn3.a, dbn3.b, *norm2, kept.gate, None
     )
     se = SqueezeExcite(w_se_reduce, b_se_reduce, w_se_expand, b_se_expand)
-    source = x if w_expand is None else e
-    grad = sections.backward(passes, do, sums2, source, kept, w_depthwise, se, stride, same)
+    grad = sections.backward(passes, do, sums2, e, kept, w_depthwise, se, stride, same)
     shared = [dbn3.affine, grad.bn2.affine, dw_project.to(w_project.dtype), grad.weight, *grad.se]
     if w_expand is None:
         return [grad.g + dout if residual else grad.g, *shared]
@@ -230,6 +244,34 @@ def _mbconv_backward(
         grad.g, e, x, w_expand, *norm1[:3], False, None, grad.bn1.a, grad.bn1.b, *none, dout if residual else None
     )
     return [dx, *shared, dw_expand.to(w_expand.dtype), grad.bn1.affine]
+
+
+def _recompute(
+    passes: Any,
+    x: Tensor,
+    e: Tensor,
+    y: Tensor,
+    p: Tensor,
+    stats1: Tensor,
+    norm2: Norm,
+    squeeze: Tensor,
+    w_expand: Tensor | None,
+    w_depthwise: Tensor,
+    w_project: Tensor,
+    stride: int,
+    same: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """e (x without expansion), y and p: those kept, and the others as the forward pass made them."""
+    if w_expand is None:
+        e = x
+    elif not e.numel():
+        e = passes.pointwise_affine(x, w_expand, None, *identity(x.new_empty(0, w_expand.shape[0])), False, None)
+    if not y.numel():
+        scale, shift = stats1[:2].unbind() if w_expand is not None else (None, None)
+        y, _, _ = passes.dwconv_stats(e, w_depthwise, scale, shift, stride, same)
+    if not p.numel():
+        p, _, _ = passes.pointwise_stats(y, w_project, norm2.scale, norm2.shift, squeeze[1])
+    return e, y, p
 
 
 @_mbconv_backward.register_fake
@@ -245,7 +287,7 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     (
-        x, w_expand, _, _, _, w_depthwise, _, _, _, *se, w_project, _, _, _, branch_scale, stride, same, residual,
+        x, w_expand, _, _, _, w_depthwise, _, _, _, *se, w_project, _, _, _, branch_scale, stride, same, residual, _,
     ) = inputs  # fmt: skip
     ctx.save_for_backward(x, *output[1:], w_expand, w_depthwise, *se, w_project, branch_scale)
     ctx.options = stride, same, residual
@@ -255,12 +297,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, dout: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if dout is None:
-        return (None,) * 21
+        return (None,) * 22
     grads = _mbconv_backward(dout, *ctx.saved_tensors, *ctx.options)
     dx, dbn3, dbn2, dw_project, dw_depthwise, *dse = grads[:9]
     dw_expand, dbn1 = grads[9:] or (None, (None, None))
     return (
-        dx, dw_expand, *dbn1, None, dw_depthwise, *dbn2, None, *dse, dw_project, *dbn3, None, None, None, None, None,
+        dx, dw_expand, *dbn1, None, dw_depthwise, *dbn2, None, *dse, dw_project, *dbn3,
+        *(None,) * 6,
     )  # fmt: skip
 
 

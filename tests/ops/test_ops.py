@@ -1,6 +1,7 @@
 """Every op against its eager twin in float64: values, all gradients, running statistics; compilers; errors."""
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -257,6 +258,32 @@ def test_any_memory_format_of_input_and_gradient(name: str, layout: str) -> None
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("memory", ["lean", "min"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("name", ["mbconv", "mbconv_unexpanded", "conv_bn_act", "conv_bn_act_pointwise"])
+def test_memory_policies_give_the_same_gradients(
+    name: str, case: Sequence[int], dtype: torch.dtype, memory: str
+) -> None:
+    """Bit for bit, and the running statistics are moved once."""
+    op, _, call, uses_input = OPS[name]
+
+    def train(memory: str) -> tuple[list[Tensor], int]:
+        block, x = sample(case, uses_input)
+        x = x.to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+        kept: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.nbytes), t)[1], lambda t: t):
+            out = call(functools.partial(op, memory=memory), block, x)
+        out.square().sum().backward()
+        grads = [p.grad for p in (*block.weights.values(), *block.norms.parameters()) if p.grad is not None]
+        return [out, x.grad, *grads, *block.norms.buffers()], sum(kept)
+
+    (expected, all_bytes), (actual, fewer_bytes) = train("fast"), train(memory)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    saves = memory == "min" or name == "mbconv"
+    assert fewer_bytes < all_bytes if saves else fewer_bytes == all_bytes
+
+
 def test_an_expanded_gradient() -> None:
     """The gradient of a mean is one number, expanded: it has to be laid out before a kernel reads it."""
     block, x = sample(CASES[0], False)
@@ -322,10 +349,11 @@ def test_gradcheck_of_the_algebra_in_float64(name: str) -> None:
             1,
             False,
             True,
+            "fast",
         ),
         "mbconv_section": (*norms[0], w["depthwise"], *norms[1], *se, 1, False),
         "dwconv_bn_silu": (None, None, 0.0, w["depthwise"], *norms[1], None, None, None, None, 1, False),
-        "conv_bn_act": (w["dense"], *norms[2], 2, False, True),
+        "conv_bn_act": (w["dense"], *norms[2], 2, False, True, "min"),
         "bn_act": (*norms[0], True, torch.randn(x.shape, dtype=torch.float64), scale),
         "squeeze_excite": se,
     }[name]
@@ -423,6 +451,7 @@ WRONG: list[tuple[Callable[[Block, Tensor], Tensor], str]] = [
     (lambda b, x: ops.mbconv_section(x[0], b.bn(0), b.weights["depthwise"], b.bn(1), b.se()), "e: got shape"),
     (lambda b, x: ops.squeeze_excite(x[:, :8], *b.se()), "x: got 8 channels, w_reduce takes 48"),
     (lambda b, x: call_mbconv(ops.mbconv, b, x[:, :40]), "x: got 40 channels, w_expand takes 16"),
+    (lambda b, x: call_mbconv(functools.partial(ops.mbconv, memory="most"), b, x[:, :16]), "memory: got 'most'"),
     (lambda b, x: ops.BatchNorm.of(nn.BatchNorm2d(8, affine=False)), "bn: must have affine"),
     (lambda b, x: ops.bn_act(x, b.bn(0)._replace(eps=-1.0)), "bn.eps: got -1.0"),
 ]
