@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.harness import BATCH, COMPILED, DTYPES, OURS, TWIN, Call, blocks, describe, dtype_name
-from effnet_fast.passes import backend, reference  # noqa: F401 the backend loads the compiled passes
+from benchmarks.harness import BATCH, COMPILED, DTYPES, OURS, TWIN, Call, blocks, describe, dtype_name, images
+from effnet_fast.passes.backend import passes_for
 from tests.passes.samples import Call as Sample
-from tests.passes.samples import depthwise_calls, pointwise_calls
+from tests.passes.samples import depthwise_calls, elementwise_calls, product_calls
 
 SECONDS = 0.4
 # Both sum in float32 and round what they store once.
@@ -23,7 +23,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
 CONVOLUTION_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 # Of the tests' samples, the variants that an MBConv block with squeeze-excite uses, by their arguments.
-POINTWISE: dict[str, Callable[[Any], bool]] = {
+ELEMENTWISE: dict[str, Callable[[Any], bool]] = {
     "channel_stats": lambda a: True,
     "pool": lambda a: a[3],
     "apply": lambda a: a[3] and a[4] is not None and a[5] is None,
@@ -35,20 +35,32 @@ DEPTHWISE: dict[str, Callable[[Any], bool]] = {
     "backward_dwconv": lambda a: a[7] is not None and a[11] is not None,
     "dwconv_affine": lambda a: a[2] is not None,
 }
+PRODUCTS: dict[str, Callable[[Any], bool]] = {
+    "pointwise_stats": lambda a: a[2] is not None and a[4] is not None,
+    "pointwise_affine": lambda a: not a[5] and a[2] is not None and a[6] is not None,
+    "backward_pointwise": lambda a: a[4] is not None and not a[7] and a[11] is not None and a[15] is not None,
+}
 CONVOLUTIONS = {
     describe(block, size): (block.depthwise.conv.out_channels, size, *block.depthwise.conv.weight.shape[2:3], stride)
     for block, size in blocks()
     for stride in block.depthwise.conv.stride[:1]
 }
+PROJECTIONS = {
+    f"{block.project.conv.in_channels}x{size}x{size} to {block.project.conv.out_channels}": (block.project.conv, size)
+    for block, input_size in blocks()
+    for size in [-(-input_size // block.depthwise.conv.stride[0])]
+}
 ACTIVATIONS = {f"{c}x{size}x{size}": (c, size) for c, size, _, _ in CONVOLUTIONS.values()}
+
+REFERENCE = passes_for(torch.empty(0, 8, 1, 1, dtype=torch.float64))
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 convolutions = pytest.mark.parametrize("shape", CONVOLUTIONS)
 
 
 @lru_cache(maxsize=2)
-def pointwise_samples(n: int, c: int, size: int, dtype: torch.dtype) -> list[Sample]:
-    return list(pointwise_calls((n, c, size, size), dtype))
+def elementwise_samples(n: int, c: int, size: int, dtype: torch.dtype) -> list[Sample]:
+    return list(elementwise_calls((n, c, size, size), dtype))
 
 
 @lru_cache(maxsize=2)
@@ -56,9 +68,14 @@ def depthwise_samples(n: int, c: int, size: int, kernel: int, stride: int, dtype
     return list(depthwise_calls((n, c, size, size), dtype, kernel, stride, False))
 
 
+@lru_cache(maxsize=2)
+def product_samples(n: int, c: int, size: int, out_channels: int, dtype: torch.dtype) -> list[Sample]:
+    return list(product_calls((n, c, size, size), dtype, out_channels))
+
+
 @cache
 def compiled(name: str) -> Callable[..., Any]:
-    return torch.compile(getattr(reference, name), dynamic=True)
+    return torch.compile(getattr(REFERENCE, name), dynamic=True)
 
 
 def tensors(result: Any) -> Sequence[Tensor]:
@@ -78,7 +95,7 @@ def compare(
     race(
         {
             OURS: partial(make, native),
-            TWIN: partial(make, getattr(reference, name)),
+            TWIN: partial(make, getattr(REFERENCE, name)),
             COMPILED: lambda n: make(compiled(name), n),
         },
         examples=BATCH,
@@ -91,13 +108,15 @@ def compare(
     )
 
 
-@pytest.mark.parametrize("name", POINTWISE)
+@pytest.mark.parametrize("name", ELEMENTWISE)
 @dtypes
 @pytest.mark.parametrize("shape", ACTIVATIONS)
-def test_pointwise(race: Callable[..., None], shape: str, dtype: torch.dtype, name: str) -> None:
+def test_elementwise(race: Callable[..., None], shape: str, dtype: torch.dtype, name: str) -> None:
     def sample(n: int) -> Sample:
         return next(
-            s for s in pointwise_samples(n, *ACTIVATIONS[shape], dtype) if s.name == name and POINTWISE[name](s.args)
+            s
+            for s in elementwise_samples(n, *ACTIVATIONS[shape], dtype)
+            if s.name == name and ELEMENTWISE[name](s.args)
         )
 
     compare(race, name, shape, sample, dtype)
@@ -113,6 +132,27 @@ def test_depthwise(race: Callable[..., None], shape: str, dtype: torch.dtype, na
         )
 
     compare(race, name, shape, sample, dtype)
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+@dtypes
+@pytest.mark.parametrize("shape", PROJECTIONS)
+def test_product(race: Callable[..., None], shape: str, dtype: torch.dtype, name: str) -> None:
+    conv, size = PROJECTIONS[shape]
+
+    def sample(n: int) -> Sample:
+        samples = product_samples(n, conv.in_channels, size, conv.out_channels, dtype)
+        return next(s for s in samples if s.name == name and PRODUCTS[name](s.args))
+
+    compare(race, name, shape, sample, dtype)
+
+
+@dtypes
+def test_patches(race: Callable[..., None], dtype: torch.dtype) -> None:
+    """Of the stem's convolution."""
+    compare(
+        race, "patches", "3x224x224 k3 s2", lambda n: Sample("patches", (images(n, 224).to(dtype), 3, 2, False)), dtype
+    )
 
 
 @dtypes

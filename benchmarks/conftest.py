@@ -23,8 +23,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Quick: of each benchmark's shapes, which go from the largest to the smallest, only the last."""
     if config.getoption("quick"):
-        last = {item.function: item.callspec.params.get("shape") for item in items}
-        items[:] = [item for item in items if item.callspec.params.get("shape") == last[item.function]]
+
+        def benchmarked(item: Any) -> tuple[Any, Any]:
+            return item.function, item.callspec.params.get("name")
+
+        last = {benchmarked(item): item.callspec.params.get("shape") for item in items}
+        items[:] = [item for item in items if item.callspec.params.get("shape") == last[benchmarked(item)]]
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:

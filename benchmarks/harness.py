@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from statistics import median
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from effnet_fast import create_model
+from effnet_fast import EfficientNet, create_model
 from effnet_fast.doctor import processor
 from effnet_fast.layers import MBConv
 from effnet_fast.passes.backend import cpu_isa
@@ -109,11 +110,17 @@ def check(name: str, actual: Sequence[Tensor], expected: Sequence[Tensor], toler
         assert error <= tolerance * wide.norm().item(), f"{name}: result {i} differs from the twin's by {error:.2e}"
 
 
+@cache
+def b0() -> EfficientNet:
+    """B0 with 1000 classes, without drop path."""
+    torch.manual_seed(0)
+    return create_model("b0", 1000, family="paper", drop_path_rate=0.0)
+
+
 def blocks() -> Iterator[tuple[MBConv, int]]:
     """The distinct blocks of B0 at 224 pixels, each with the size of its input."""
-    torch.manual_seed(0)
     size, seen = 112, set()
-    for stage in create_model("b0", 1000, family="paper", drop_path_rate=0.0).stages:
+    for stage in b0().stages:
         for block in stage:
             conv = block.depthwise.conv
             kind = conv.weight.shape, conv.stride, size

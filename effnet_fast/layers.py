@@ -72,7 +72,7 @@ class ConvBN(nn.Module):
         return ops.Convolution(self.conv.weight, self.conv.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        window = {"stride": self.conv.stride[0], "same": isinstance(self.conv, Conv2dSame)}
+        window: dict[str, Any] = {"stride": self.conv.stride[0], "same": isinstance(self.conv, Conv2dSame)}
         if self.bn is None:
             return ops.conv_folded(x, self.operands(), silu=self.act, **window)
         bn = ops.BatchNorm.of(self.bn)

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from benchmarks.bench_ops import CASES, OPS
-from benchmarks.bench_passes import CONVOLUTIONS, DEPTHWISE, POINTWISE
+from benchmarks.bench_passes import CONVOLUTIONS, DEPTHWISE, ELEMENTWISE
 from benchmarks.harness import COMPILED, OURS, TWIN, Call, check, race
 from benchmarks.report import markdown
 from effnet_fast.doctor import processor
-from effnet_fast.passes.schema import PASSES
+from effnet_fast.passes.schema import PASSES, PRODUCTS
 
 
 class FakeBenchmark:
@@ -107,9 +107,9 @@ def test_report_of_known_times() -> None:
 
 
 def test_rows_cover_every_pass_op_and_shape() -> None:
-    assert {*POINTWISE, *DEPTHWISE} == set(PASSES)
+    assert {*ELEMENTWISE, *DEPTHWISE} == set(PASSES)
     assert len(CONVOLUTIONS) == 12
-    assert len(CASES) == 12 * len(OPS) - 1
+    assert len(CASES) == 12 * (len(OPS) - 1) - 1 + 2  # one block has no section; stem and head
 
 
 def test_report_in_quick_mode(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_report_in_quick_mode(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     results = json.loads((tmp_path / "benchmarks.json").read_text())
     rows = [benchmark["extra_info"] for benchmark in results["benchmarks"]]
-    assert {row["row"].get("pass") for row in rows} == {None, *PASSES}
+    assert {row["row"].get("pass") for row in rows} == {None, *PASSES, *PRODUCTS}
     assert {row["row"].get("op") for row in rows} == {None, *OPS}
     inference = next(r for r in rows if r["table"] == "B0, inference" and r["row"]["dtype"] == "float32")
     for name, module in (("OpenVINO", "openvino"), ("ONNX Runtime", "onnxruntime")):
