@@ -5,6 +5,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from effnet_fast import ops
 from effnet_fast.passes.reference import same_padding
@@ -22,7 +23,10 @@ class Conv2dSame(nn.Conv2d):
 
 
 class ConvBN(nn.Module):
-    """Convolution without bias, BatchNorm, and SiLU unless `act` is False. [N, C_in, H, W] to [N, C_out, H', W']."""
+    """Convolution without bias, BatchNorm, and SiLU unless `act` is False. [N, C_in, H, W] to [N, C_out, H', W'].
+
+    After `fuse`, the convolution has a bias and `bn` is None.
+    """
 
     def __init__(
         self,
@@ -48,15 +52,33 @@ class ConvBN(nn.Module):
             groups=groups,
             bias=False,
         )
-        self.bn = nn.BatchNorm2d(out_channels, eps=bn_eps, momentum=bn_momentum)
+        self.bn: nn.BatchNorm2d | None = nn.BatchNorm2d(out_channels, eps=bn_eps, momentum=bn_momentum)
         self.act = act
 
+    @torch.no_grad()
+    def fuse(self) -> None:
+        """Fold the BatchNorm's running statistics and affine into the convolution; its parameters are then frozen."""
+        if self.bn is None:
+            return
+        conv, bn = self.conv, self.bn
+        norm = (bn.running_mean, bn.running_var, bn.weight, bn.bias)
+        mean, var, scale, shift = (t.double() for t in norm)  # rounded once, in whatever dtype the model is
+        folded = fuse_conv_bn_weights(conv.weight.double(), None, mean, var, bn.eps, scale, shift)
+        conv.weight, conv.bias = (nn.Parameter(p.to(conv.weight.dtype), requires_grad=False) for p in folded)
+        self.bn = None
+
+    def operands(self) -> ops.Convolution:
+        """The folded parameters as the ops take them."""
+        return ops.Convolution(self.conv.weight, self.conv.bias)
+
     def forward(self, x: Tensor) -> Tensor:
+        window: dict[str, Any] = {"stride": self.conv.stride[0], "same": isinstance(self.conv, Conv2dSame)}
+        if self.bn is None:
+            return ops.conv_folded(x, self.operands(), silu=self.act, **window)
         bn = ops.BatchNorm.of(self.bn)
         if self.conv.groups > 1:
             return ops.bn_act(self.conv(x), bn, silu=self.act)
-        same = isinstance(self.conv, Conv2dSame)
-        return ops.conv_bn_act(x, self.conv.weight, bn, stride=self.conv.stride[0], same=same, silu=self.act)
+        return ops.conv_bn_act(x, self.conv.weight, bn, silu=self.act, **window)
 
 
 class SqueezeExcite(nn.Module):
@@ -117,6 +139,20 @@ class MBConv(nn.Module):
         self.drop_path_rate = drop_path_rate
 
     def forward(self, x: Tensor) -> Tensor:
+        window: dict[str, Any] = {
+            "stride": self.depthwise.conv.stride[0],
+            "same": isinstance(self.depthwise.conv, Conv2dSame),
+            "residual": self.has_residual,
+        }
+        if self.depthwise.bn is None:
+            return ops.mbconv_folded(
+                x,
+                self.expand.operands() if self.expand else None,
+                self.depthwise.operands(),
+                self.se.operands(),
+                self.project.operands(),
+                **window,
+            )
         branch_scale = None
         if self.has_residual and self.training and self.drop_path_rate > 0:
             branch_scale = drop_path_scale(len(x), self.drop_path_rate, x)
@@ -129,8 +165,6 @@ class MBConv(nn.Module):
             self.se.operands(),
             self.project.conv.weight,
             ops.BatchNorm.of(self.project.bn),
-            stride=self.depthwise.conv.stride[0],
-            same=isinstance(self.depthwise.conv, Conv2dSame),
-            residual=self.has_residual,
             branch_scale=branch_scale,
+            **window,
         )

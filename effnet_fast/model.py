@@ -91,6 +91,27 @@ class EfficientNet(nn.Module):
         if init == "fan_out":
             self.apply(_init_fan_out)
 
+    def fuse(self) -> "EfficientNet":
+        """Fold every BatchNorm into the convolution before it, for inference, in place; returns the model.
+
+        The state dict then has ``*.conv.bias`` instead of ``*.bn.*``; squeeze-excite and classifier keep their keys. A
+        fused model loads only a fused one's. All parameters are frozen; gradients of the images still exist, and
+        `train()` raises RuntimeError.
+        Raises RuntimeError if any part of the model is in training mode. A fused model stays as it is.
+        """
+        if any(module.training for module in self.modules()):
+            raise RuntimeError("fuse: the model is in training mode, call eval() first")
+        for module in list(self.modules()):
+            if isinstance(module, ConvBN):
+                module.fuse()
+        return self.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "EfficientNet":
+        """As of any module. Raises RuntimeError for mode=True if the model is fused."""
+        if mode and self.stem.bn is None:
+            raise RuntimeError("train: the model is fused, its BatchNorms are gone; build it anew to train it")
+        return super().train(mode)
+
     def forward_features(self, x: Tensor) -> Tensor:
         """The head's feature map before pooling: [N, num_features, ~H / 32, ~W / 32]."""
         x = self.stem(x)

@@ -2,6 +2,7 @@
 
 from effnet_fast.ops.bn_act import bn_act, bn_act_eager
 from effnet_fast.ops.conv_bn_act import conv_bn_act, conv_bn_act_eager
+from effnet_fast.ops.inference import Convolution, conv_folded, conv_folded_eager, mbconv_folded, mbconv_folded_eager
 from effnet_fast.ops.mbconv import mbconv, mbconv_eager
 from effnet_fast.ops.mbconv_section import (
     dwconv_bn_silu,
@@ -14,15 +15,20 @@ from effnet_fast.ops.squeeze_excite import SqueezeExcite, squeeze_excite, squeez
 
 __all__ = [
     "BatchNorm",
+    "Convolution",
     "SqueezeExcite",
     "bn_act",
     "bn_act_eager",
     "conv_bn_act",
     "conv_bn_act_eager",
+    "conv_folded",
+    "conv_folded_eager",
     "dwconv_bn_silu",
     "dwconv_bn_silu_eager",
     "mbconv",
     "mbconv_eager",
+    "mbconv_folded",
+    "mbconv_folded_eager",
     "mbconv_section",
     "mbconv_section_eager",
     "squeeze_excite",

@@ -1,0 +1,167 @@
+"""Run the benchmarks and write what they measured: ``python -m benchmarks.report --output DIR``.
+
+DIR gets benchmarks.json (as pytest-benchmark writes it), benchmarks.md (tables) and benchmarks.png (a bar chart of the
+whole models). It takes up to ten minutes; measure with nothing else running. torch.compile first compiles for longer
+than that; torch keeps the results on disk, so that a second run starts from there.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from benchmarks.harness import CONTESTANTS, OURS, TORCHVISION
+from effnet_fast.cli import ArgumentParser
+from effnet_fast.run_folder import write_atomic
+
+FILES = ("bench_model.py", "bench_ops.py", "bench_passes.py")
+Row = dict[str, Any]
+
+
+def run(results: Path, options: list[str]) -> None:
+    """Run the benchmarks in a process of their own. Raises ValueError if one of them fails."""
+    files = [str(Path(__file__).with_name(name)) for name in FILES]
+    always = ["-q", "--benchmark-quiet", f"--benchmark-json={results}", "-p", "no:cacheprovider"]
+    if subprocess.run([sys.executable, "-m", "pytest", *files, *always, *options]).returncode:
+        raise ValueError("a benchmark failed, see above")
+
+
+def tables(results: dict[str, Any]) -> dict[str, list[Row]]:
+    """The rows of each table, in the order they ran."""
+    grouped: dict[str, list[Row]] = {}
+    for benchmark in results["benchmarks"]:
+        row = benchmark["extra_info"]
+        grouped.setdefault(row["table"], []).append(row)
+    return grouped
+
+
+def machine(results: dict[str, Any]) -> str:
+    """Processor, threads, instruction set and torch of a run."""
+    facts = results["machine_info"]["effnet_fast"]
+    return f"{facts['processor']}, {facts['threads']} threads, {facts['instruction set']}, torch {facts['torch']}"
+
+
+def speedup(rows: list[Row], name: str) -> float:
+    """How many times longer an implementation takes than ours for an example of each row."""
+
+    def per_example(contestant: str) -> float:
+        timed = [row["contestants"][contestant] for row in rows]
+        return sum(times["seconds"] / times["examples"] for times in timed)
+
+    return per_example(name) / per_example(OURS)
+
+
+def contestants(rows: list[Row]) -> list[str]:
+    return [name for name in CONTESTANTS if any(name in row["contestants"] for row in rows)]
+
+
+def markdown(results: dict[str, Any]) -> Iterator[str]:
+    """The report, line by line: whole models, then the parts over all of B0's shapes, then shape by shape."""
+    yield f"On {machine(results)}. Medians of interleaved rounds; in brackets how many times faster effnet_fast is."
+    yield "A star marks what ran on fewer examples at once, to end in time; rates are by example."
+    grouped = tables(results)
+    for title, rows in grouped.items():
+        if "shape" not in rows[0]["row"]:
+            yield from ("", f"### {title}", "", *_table(rows))
+    for title, rows in grouped.items():
+        if "shape" in rows[0]["row"]:
+            yield from ("", f"### {title}: times faster, all shapes together (slowest to fastest shape)", "")
+            yield from _summary(rows)
+    for title, rows in grouped.items():
+        if "shape" in rows[0]["row"]:
+            yield from ("", f"### {title}, by shape", "", *_table(rows))
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _table(rows: list[Row]) -> Iterator[str]:
+    names = contestants(rows)
+    kept = list(rows[0].get("kept", ()))
+    header = [*rows[0]["row"], *(f"{name}, {rows[0]['unit']}" for name in names)]
+    header += [f"{name} keeps, MiB an image" for name in kept]
+    yield from (_line(header), "|" + "---|" * len(header))
+    for row in rows:
+        cells = [*row["row"].values(), *(_cell(row, name) for name in names)]
+        yield _line(cells + [f"{row['kept'][name] / 2**20:.1f}" for name in kept])
+    reasons = {
+        f"{name} {reason} ({row['row']['dtype']})" for row in rows for name, reason in row.get("left out", {}).items()
+    }
+    if reasons:
+        yield from ("", "Left out: " + "; ".join(sorted(reasons)) + ".")
+
+
+def _cell(row: Row, name: str) -> str:
+    times = row["contestants"].get(name)
+    if times is None:
+        return ""
+    star = "*" if times["examples"] < row["batch"] else ""
+    rate = f"{times['rate']:.{1 if times['rate'] < 1000 else 0}f}{star}"
+    return rate if name == OURS else f"{rate} ({speedup([row], name):.2f})"
+
+
+def _summary(rows: list[Row]) -> Iterator[str]:
+    names = [name for name in contestants(rows) if name != OURS]
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(value for key, value in row["row"].items() if key != "shape"), []).append(row)
+    header = [*(key for key in rows[0]["row"] if key != "shape"), *(f"than {name}" for name in names)]
+    yield from (_line(header), "|" + "---|" * len(header))
+    for group, members in groups.items():
+        cells = list(group)
+        for name in names:
+            each = [speedup([row], name) for row in members]
+            cells.append(f"{speedup(members, name):.2f} ({min(each):.2f} to {max(each):.2f})")
+        yield _line(cells)
+
+
+def plot(results: dict[str, Any], file: BinaryIO) -> None:
+    """Draw the whole models' speeds, relative to torchvision's in the same row, as a PNG image."""
+    models = {title: rows for title, rows in tables(results).items() if TORCHVISION in rows[0]["contestants"]}
+    figure = Figure(figsize=(11, 3.6 * len(models)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (title, rows) in zip(figure.subplots(len(models), squeeze=False)[:, 0], models.items(), strict=True):
+        names = contestants(rows)
+        width = 0.8 / len(names)
+        for i, name in enumerate(names):
+            at = [place for place, row in enumerate(rows) if name in row["contestants"]]
+            heights = [speedup([rows[p]], TORCHVISION) / speedup([rows[p]], name) for p in at]
+            places = [p + (i - (len(names) - 1) / 2) * width for p in at]
+            bars = axes.bar(places, heights, width, label=name, color=f"C{CONTESTANTS.index(name)}")
+            axes.bar_label(bars, [f"{rows[p]['contestants'][name]['rate']:.0f}" for p in at], fontsize=7)
+        axes.set_xticks(range(len(rows)), ["\n".join(row["row"].values()) for row in rows])
+        axes.set_ylabel("speed, torchvision eager = 1")
+        axes.set_title(f"{title} ({rows[0]['unit']} above the bars)")
+        axes.legend(fontsize=8)
+    figure.suptitle(machine(results))
+    figure.savefig(file, dpi=120, format="png")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("--output", type=Path, required=True, help="folder for the three files")
+    parser.add_argument("--quick", action="store_true", help="the smallest shapes, one round: checks the benchmarks")
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which first compiles long")
+    args = parser.parse_args(argv)
+    args.output.mkdir(parents=True, exist_ok=True)
+    options = [f"--{name.replace('_', '-')}" for name in ("quick", "no_compile") if getattr(args, name)]
+    path = args.output / "benchmarks.json"
+    try:
+        run(path, options)
+    except ValueError as error:
+        parser.error(str(error))
+    results = json.loads(path.read_text())
+    text = "\n".join(markdown(results)) + "\n"
+    write_atomic(path.with_suffix(".md"), lambda file: file.write(text.encode()))
+    write_atomic(path.with_suffix(".png"), lambda file: plot(results, file))
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
