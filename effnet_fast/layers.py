@@ -40,6 +40,7 @@ class ConvBN(nn.Module):
         bn_eps: float = 1e-5,
         bn_momentum: float = 0.1,
         pad_type: PadType = "symmetric",
+        memory: ops.Memory = "fast",
     ) -> None:
         super().__init__()
         same = pad_type == "same" and kernel_size > 1
@@ -54,6 +55,7 @@ class ConvBN(nn.Module):
         )
         self.bn: nn.BatchNorm2d | None = nn.BatchNorm2d(out_channels, eps=bn_eps, momentum=bn_momentum)
         self.act = act
+        self.memory = memory
 
     @torch.no_grad()
     def fuse(self) -> None:
@@ -78,7 +80,7 @@ class ConvBN(nn.Module):
         bn = ops.BatchNorm.of(self.bn)
         if self.conv.groups > 1:
             return ops.bn_act(self.conv(x), bn, silu=self.act)
-        return ops.conv_bn_act(x, self.conv.weight, bn, silu=self.act, **window)
+        return ops.conv_bn_act(x, self.conv.weight, bn, silu=self.act, memory=self.memory, **window)
 
 
 class SqueezeExcite(nn.Module):
@@ -127,6 +129,7 @@ class MBConv(nn.Module):
         bn_eps: float = 1e-5,
         bn_momentum: float = 0.1,
         pad_type: PadType = "symmetric",
+        memory: ops.Memory = "fast",
     ) -> None:
         super().__init__()
         expanded = in_channels * expand_ratio
@@ -137,6 +140,7 @@ class MBConv(nn.Module):
         self.project = ConvBN(expanded, out_channels, 1, act=False, **norm)
         self.has_residual = stride == 1 and in_channels == out_channels
         self.drop_path_rate = drop_path_rate
+        self.memory = memory
 
     def forward(self, x: Tensor) -> Tensor:
         window: dict[str, Any] = {
@@ -166,5 +170,6 @@ class MBConv(nn.Module):
             self.project.conv.weight,
             ops.BatchNorm.of(self.project.bn),
             branch_scale=branch_scale,
+            memory=self.memory,
             **window,
         )

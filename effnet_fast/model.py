@@ -5,6 +5,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor, nn
 
 from effnet_fast.layers import ConvBN, MBConv, PadType
+from effnet_fast.ops.memory_policy import Memory, check_memory
 from effnet_fast.scaling import Scaling, get_family, get_variant
 
 
@@ -39,6 +40,8 @@ class EfficientNet(nn.Module):
     drop_rate: dropout before the classifier. drop_path_rate: grows linearly from 0 over the blocks.
     pad_type: "symmetric" (torch) or "same" (TensorFlow, timm's ``tf_`` models).
     init: "torch" or "fan_out", see `scaling.Family`.
+    memory: what the compiled passes keep for backward: "fast", "lean" (not the expanded tensors, they are computed
+    again) or "min" (only each block's input). The gradients are the same.
     """
 
     def __init__(
@@ -54,12 +57,14 @@ class EfficientNet(nn.Module):
         bn_momentum: float = 0.1,
         pad_type: PadType = "symmetric",
         init: Literal["torch", "fan_out"] = "torch",
+        memory: Memory = "fast",
     ) -> None:
         super().__init__()
         _check(num_classes, in_chans, drop_rate, drop_path_rate, bn_eps, bn_momentum, pad_type, init)
+        check_memory(memory)
         channels = scaling.channels(STEM_CHANNELS)
         norm: dict[str, Any] = {"bn_eps": bn_eps, "bn_momentum": bn_momentum}
-        self.stem = ConvBN(in_chans, channels, 3, 2, pad_type=pad_type, **norm)
+        self.stem = ConvBN(in_chans, channels, 3, 2, pad_type=pad_type, memory=memory, **norm)
         total = sum(scaling.repeats(stage.repeats) for stage in STAGES)
         built = 0
         self.stages = nn.ModuleList()
@@ -78,6 +83,7 @@ class EfficientNet(nn.Module):
                         max(1, int(SE_RATIO * se_base)),
                         drop_path_rate=drop_path_rate * built / total,
                         pad_type=pad_type,
+                        memory=memory,
                         **norm,
                     )
                 )
@@ -85,7 +91,7 @@ class EfficientNet(nn.Module):
                 built += 1
             self.stages.append(nn.Sequential(*blocks))
         self.num_features = scaling.channels(HEAD_CHANNELS)
-        self.head = ConvBN(channels, self.num_features, 1, **norm)
+        self.head = ConvBN(channels, self.num_features, 1, memory=memory, **norm)
         self.dropout = nn.Dropout(drop_rate)
         self.classifier = nn.Linear(self.num_features, num_classes)
         if init == "fan_out":
@@ -135,6 +141,7 @@ def create_model(
     bn_momentum: float | None = None,
     pad_type: PadType = "symmetric",
     init: Literal["torch", "fan_out"] | None = None,
+    memory: Memory = "fast",
 ) -> EfficientNet:
     """Build a variant by name, or any `Scaling`; what is None takes the variant's own value.
 
@@ -155,6 +162,7 @@ def create_model(
         bn_momentum=preset.bn_momentum if bn_momentum is None else bn_momentum,
         pad_type=pad_type,
         init=fam.init if init is None else init,
+        memory=memory,
     )
 
 

@@ -350,3 +350,34 @@ def test_block_matches_its_definition(
 def test_wrong_arguments(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         create_model(**{"variant": "b0", **arguments})
+
+
+def test_memory_policies_keep_less_and_change_nothing() -> None:
+    """B0 at 64 px in bfloat16: bytes kept for backward and gradients, all parts together."""
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    kept, gradients = {}, {}
+    for memory in ("fast", "lean", "min"):
+        torch.manual_seed(0)
+        model = create_model("b0", family="paper", drop_rate=0, memory=memory)  # drop path stays on
+        known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        saved: dict[int, Tensor] = {}
+
+        def pack(tensor: Tensor, known: set[int] = known, saved: dict[int, Tensor] = saved) -> Tensor:
+            if tensor.untyped_storage().data_ptr() not in known:
+                saved[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+            loss = model(images).square().sum()
+        kept[memory] = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+        loss.backward()
+        gradients[memory] = [p.grad for p in model.parameters()]
+    assert kept["lean"] < 0.6 * kept["fast"]
+    assert kept["min"] < 0.5 * kept["lean"]
+    for memory in ("lean", "min"):
+        assert all(torch.equal(a, b) for a, b in zip(gradients["fast"], gradients[memory], strict=True))
+
+
+def test_unknown_memory_policy() -> None:
+    with pytest.raises(ValueError, match="memory: got 'most', choose from fast, lean, min"):
+        create_model("b0", memory="most")

@@ -10,12 +10,14 @@ from effnet_fast.ops.mbconv_section import (
     mbconv_section,
     mbconv_section_eager,
 )
+from effnet_fast.ops.memory_policy import Memory
 from effnet_fast.ops.normalization import BatchNorm
 from effnet_fast.ops.squeeze_excite import SqueezeExcite, squeeze_excite, squeeze_excite_eager
 
 __all__ = [
     "BatchNorm",
     "Convolution",
+    "Memory",
     "SqueezeExcite",
     "bn_act",
     "bn_act_eager",

@@ -40,13 +40,13 @@ def conv_bn_act(
         raise ValueError(f"weight: got shape {tuple(weight.shape)}, must be [C_out, {x.shape[1]}, k, k]")
     bn.check(weight.shape[0], "bn")
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bn.weight, bn.bias))
-    if _backend(x, weight, stride) == "eager" or (needs_grad and not bn.training):
+    if convolution_backend(x, weight, stride) == "eager" or (needs_grad and not bn.training):
         return conv_bn_act_eager(x, weight, bn, stride=stride, same=same, silu=silu)
     if x.device.type != "cpu":
         return bn_act(_conv(x, weight, stride, same), bn, silu=silu)
     if not bn.training:
         passes = passes_for(x.new_empty(0, weight.shape[0], 1, 1))
-        source, matrix = _as_product(passes, x, weight, stride, same)
+        source, matrix = as_product(passes, x, weight, stride, same)
         return passes.pointwise_affine(source, matrix, None, *bn.running()[:2], silu, None)
     out, _, stats = _conv_bn_act(x, weight, bn.weight, bn.bias, bn.eps, stride, same, silu, memory)
     bn.update(stats, values_per_channel(out))
@@ -67,7 +67,7 @@ def _conv(x: Tensor, weight: Tensor, stride: int, same: bool) -> Tensor:
     return F.conv2d(x, weight, None, stride, kernel // 2)
 
 
-def _backend(x: Tensor, weight: Tensor, stride: int) -> str:
+def convolution_backend(x: Tensor, weight: Tensor, stride: int) -> str:
     """The backend of the output, and of the input unless patches are made of it."""
     out_channels, _, kernel, _ = weight.shape
     y = x.new_empty(0, out_channels, 1, 1)
@@ -76,7 +76,7 @@ def _backend(x: Tensor, weight: Tensor, stride: int) -> str:
     return "eager" if stride > 1 or resolve(x) == "eager" else resolve(y)
 
 
-def _as_product(passes: Any, x: Tensor, weight: Tensor, stride: int, same: bool) -> tuple[Tensor, Tensor]:
+def as_product(passes: Any, x: Tensor, weight: Tensor, stride: int, same: bool) -> tuple[Tensor, Tensor]:
     """The input and the weight [C_out, C, 1, 1] of a 1x1 convolution that is the same."""
     out_channels, _, kernel, _ = weight.shape
     if kernel == 1:
@@ -100,7 +100,7 @@ def _conv_bn_act(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out, y (empty if not kept), stats."""
     passes = passes_for(x.new_empty(0, weight.shape[0], 1, 1))
-    y, *moments = passes.pointwise_stats(*_as_product(passes, x, weight, stride, same), None, None, None)
+    y, *moments = passes.pointwise_stats(*as_product(passes, x, weight, stride, same), None, None, None)
     stats = batch_stats(moments, bn_weight, bn_bias, eps, values_per_channel(y))
     out = passes.apply(y, stats[0], stats[1], silu, None, None)
     return out, x.new_empty(0) if memory == "min" else y, stats
@@ -132,7 +132,7 @@ def _conv_bn_act_backward(
     """Gradients of x (empty unless asked for), weight, and of bn's weight and bias [2, C]."""
     passes = passes_for(dout)
     dout, norm = channels_last(dout), Norm.of(stats)
-    source, matrix = _as_product(passes, x, weight, stride, same)
+    source, matrix = as_product(passes, x, weight, stride, same)
     if not y.numel():
         y, _, _ = passes.pointwise_stats(source, matrix, None, None, None)
     sums = passes.backward_sums(dout, y, *norm, silu)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from effnet_fast.ops.activations import as_activation
-from effnet_fast.ops.conv_bn_act import _as_product, _backend
+from effnet_fast.ops.conv_bn_act import as_product, convolution_backend
 from effnet_fast.ops.squeeze_excite import SqueezeExcite
 from effnet_fast.passes.backend import passes_for, resolve
 from effnet_fast.passes.products import window_padding
@@ -30,11 +30,11 @@ def conv_folded(x: Tensor, conv: Convolution, *, stride: int = 1, same: bool = F
     weight, bias = conv
     if weight.dim() != 4 or weight.shape[1] != x.shape[1] or weight.shape[2] != weight.shape[3]:
         raise ValueError(f"conv: got weight of shape {tuple(weight.shape)}, must be [C_out, {x.shape[1]}, k, k]")
-    plain = x.device.type != "cpu" or _backend(x, weight, stride) == "eager"
+    plain = x.device.type != "cpu" or convolution_backend(x, weight, stride) == "eager"
     if plain or _needs_grad(x, *conv):
         return conv_folded_eager(x, conv, stride=stride, same=same, silu=silu)
     passes = passes_for(x.new_empty(0, weight.shape[0], 1, 1))
-    source, matrix = _as_product(passes, x, weight, stride, same)
+    source, matrix = as_product(passes, x, weight, stride, same)
     return passes.pointwise_affine(source, matrix, None, *_affine(bias), silu, None)
 
 
