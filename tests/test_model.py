@@ -372,8 +372,8 @@ def test_memory_policies_keep_less_and_change_nothing() -> None:
         kept[memory] = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
         loss.backward()
         gradients[memory] = [p.grad for p in model.parameters()]
-    assert kept["lean"] < 0.6 * kept["fast"]
-    assert kept["min"] < 0.5 * kept["lean"]
+    assert kept["lean"] < 0.7 * kept["fast"]  # without the expanded tensors
+    assert kept["min"] < 0.4 * kept["lean"]  # blocks' inputs alone
     for memory in ("lean", "min"):
         assert all(torch.equal(a, b) for a, b in zip(gradients["fast"], gradients[memory], strict=True))
 
