@@ -373,7 +373,7 @@ def test_memory_policies_keep_less_and_change_nothing() -> None:
         loss.backward()
         gradients[memory] = [p.grad for p in model.parameters()]
     assert kept["lean"] < 0.7 * kept["fast"]  # without the expanded tensors
-    assert kept["min"] < 0.4 * kept["lean"]  # blocks' inputs alone
+    assert kept["min"] < 0.5 * kept["lean"]  # inputs of the parts, and statistics
     for memory in ("lean", "min"):
         assert all(torch.equal(a, b) for a, b in zip(gradients["fast"], gradients[memory], strict=True))
 
