@@ -25,7 +25,7 @@ def conv_bn_act(
     twice differentiable. Gradients in eval mode, and calls that no native backend can run, take `conv_bn_act_eager`.
     Raises ValueError that names the argument, or RuntimeError if a backend was insisted on and can't run the call.
     """
-    x = as_activation(x, "x")
+    x = as_activation(x, "x", weight=weight, bn=bn.weight)
     if weight.dim() != 4 or weight.shape[1] != x.shape[1] or weight.shape[2] != weight.shape[3]:
         raise ValueError(f"weight: got shape {tuple(weight.shape)}, must be [C_out, {x.shape[1]}, k, k]")
     bn.check(weight.shape[0], "bn")
