@@ -26,7 +26,7 @@ def bn_act(
     that no native backend can run, take `bn_act_eager`.
     Raises ValueError that names the argument, or RuntimeError if a backend was insisted on and can't run the call.
     """
-    y = as_activation(y, "y")
+    y = as_activation(y, "y", bn=bn.weight, residual=residual)
     bn.check(y.shape[1], "bn")
     if residual is not None:
         if residual.shape != y.shape:

@@ -34,7 +34,7 @@ def conv_bn_act(
     `conv_bn_act_eager`.
     Raises ValueError that names the argument, or RuntimeError if a backend was insisted on and can't run the call.
     """
-    x = as_activation(x, "x")
+    x = as_activation(x, "x", weight=weight, bn=bn.weight)
     check_memory(memory)
     if weight.dim() != 4 or weight.shape[1] != x.shape[1] or weight.shape[2] != weight.shape[3]:
         raise ValueError(f"weight: got shape {tuple(weight.shape)}, must be [C_out, {x.shape[1]}, k, k]")

@@ -26,7 +26,7 @@ def conv_folded(x: Tensor, conv: Convolution, *, stride: int = 1, same: bool = F
     On the CPU the convolution is a matrix product, for k > 1 over patches of x; on other devices it is PyTorch's.
     Otherwise as `mbconv_folded`.
     """
-    x = as_activation(x, "x")
+    x = as_activation(x, "x", conv=conv.weight)
     weight, bias = conv
     if weight.dim() != 4 or weight.shape[1] != x.shape[1] or weight.shape[2] != weight.shape[3]:
         raise ValueError(f"conv: got weight of shape {tuple(weight.shape)}, must be [C_out, {x.shape[1]}, k, k]")
@@ -64,7 +64,14 @@ def mbconv_folded(
     `mbconv_folded_eager`.
     Raises ValueError that names the argument, or RuntimeError if a backend was insisted on and can't run the call.
     """
-    x = as_activation(x, "x")
+    x = as_activation(
+        x,
+        "x",
+        expand=None if expand is None else expand.weight,
+        depthwise=depthwise.weight,
+        se=se.w_reduce,
+        project=project.weight,
+    )
     _check(x, expand, depthwise, se, project, stride, residual)
     kernel = depthwise.weight.shape[-1]
     if resolve(x, kernel, stride) == "eager" or _needs_grad(x, *(expand or ()), *depthwise, *se, *project):
@@ -106,7 +113,7 @@ def _convolve(x: Tensor, conv: Convolution, stride: int, same: bool, groups: int
 
 def _affine(bias: Tensor) -> tuple[Tensor, Tensor]:
     """A bias as the passes' scale and shift."""
-    shift = bias.float()
+    shift = bias.float().contiguous()
     return torch.ones_like(shift), shift
 
 

@@ -49,7 +49,17 @@ def mbconv(
     that no native backend can run, take `mbconv_eager`, which keeps what autograd keeps.
     Raises ValueError that names the argument, or RuntimeError if a backend was insisted on and can't run the call.
     """
-    x = as_activation(x, "x")
+    x = as_activation(
+        x,
+        "x",
+        w_expand=w_expand,
+        bn1=None if bn1 is None else bn1.weight,
+        w_depthwise=w_depthwise,
+        bn2=bn2.weight,
+        se=se.w_reduce,
+        w_project=w_project,
+        bn3=bn3.weight,
+    )
     check_memory(memory)
     _check(x, w_expand, bn1, w_depthwise, bn2, se, w_project, bn3, residual, stride)
     norms = [bn2, bn3] if bn1 is None else [bn1, bn2, bn3]

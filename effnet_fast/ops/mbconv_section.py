@@ -34,7 +34,7 @@ def mbconv_section(
     `mbconv_section_eager`.
     Raises ValueError that names the argument, or RuntimeError if a backend was insisted on and can't run the call.
     """
-    e = as_activation(e, "e")
+    e = as_activation(e, "e", bn1=bn1.weight, weight=weight, bn2=bn2.weight, se=se.w_reduce)
     _check(e, "e", weight, (bn1, bn2), se)
     if _runs_eagerly(e, weight, stride, (bn1, bn2), tuple(se)):
         return mbconv_section_eager(e, bn1, weight, bn2, se, stride=stride, same=same)
@@ -64,7 +64,7 @@ def dwconv_bn_silu(x: Tensor, weight: Tensor, bn: BatchNorm, *, stride: int = 1,
 
     Otherwise as `mbconv_section`; kept for backward are x and the convolution's output.
     """
-    x = as_activation(x, "x")
+    x = as_activation(x, "x", weight=weight, bn=bn.weight)
     _check(x, "x", weight, (bn,), None)
     if _runs_eagerly(x, weight, stride, (bn,), ()):
         return dwconv_bn_silu_eager(x, weight, bn, stride=stride, same=same)

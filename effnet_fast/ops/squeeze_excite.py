@@ -54,7 +54,7 @@ def squeeze_excite(x: Tensor, w_reduce: Tensor, b_reduce: Tensor, w_expand: Tens
     `squeeze_excite_eager`.
     Raises ValueError that names the argument, or RuntimeError if a backend was insisted on and can't run the call.
     """
-    x = as_activation(x, "x")
+    x = as_activation(x, "x", w_reduce=w_reduce, b_reduce=b_reduce, w_expand=w_expand, b_expand=b_expand)
     if x.shape[1] != w_reduce.shape[1]:
         raise ValueError(f"x: got {x.shape[1]} channels, w_reduce takes {w_reduce.shape[1]}")
     if resolve(x) == "eager":
