@@ -7,9 +7,12 @@
 
 namespace effnet_fast {
 
-class DeviceGuard : torch::stable::accelerator::DeviceGuard {
+class DeviceGuard {
  public:
-  explicit DeviceGuard(const Tensor& t) : torch::stable::accelerator::DeviceGuard(t.get_device_index()) {}
+  explicit DeviceGuard(const Tensor& t) : guard_(t.get_device_index()) {}
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
 };
 
 void check_device(const Tensor& t, const char* name) { STD_TORCH_CHECK(t.is_cuda(), name, ": must be on a CUDA device"); }

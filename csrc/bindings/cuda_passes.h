@@ -29,7 +29,9 @@ inline Shape check_nhwc(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.dim() == 4, name, ": got ", t.dim(), " dimensions, must be 4 (N, C, H, W)");
   const int64_t n = t.size(0), c = t.size(1), h = t.size(2), w = t.size(3);
   STD_TORCH_CHECK(c > 0 && h > 0 && w > 0, name, ": must have channels and pixels");
-  STD_TORCH_CHECK(c <= INT32_MAX / 64 && h < INT32_MAX / 8 && w < INT32_MAX / 8, name, ": is too large");
+  // images, and values within one up to a few rows beyond its end, are counted in 32 bits
+  STD_TORCH_CHECK(c <= (1 << 24) && h <= (1 << 24) && w <= (1 << 24) && (h + 16) * w * c <= INT32_MAX && n <= (1 << 24), name,
+                  ": an image must be below 2^31 values, and a batch at most 2^24 images");
   // strides of dimensions of size 1 carry no meaning, and those of an empty tensor none at all
   const int64_t strides[4] = {h * w * c, 1, w * c, c};
   for (int d = 0; d < 4 && n > 0; ++d)
@@ -262,7 +264,7 @@ inline std::tuple<Tensor, Tensor, Tensor> backward_dwconv(
                       check_floats(pooled_grad, "pooled_grad", s.c, s.n),
                       true};
   STD_TORCH_CHECK(!op.scale || (y && op.shift && op.mean && op.a && op.b), "scale: needs y, shift, mean, a and b as well");
-  const InputNorm norm{check_floats(in_scale, "in_scale", s.c), check_floats(in_shift, "in_shift", s.c),
+  const Normalization norm{check_floats(in_scale, "in_scale", s.c), check_floats(in_shift, "in_shift", s.c),
                        check_floats(in_mean, "in_mean", s.c), check_floats(in_rstd, "in_rstd", s.c)};
   STD_TORCH_CHECK(!norm.scale || (norm.shift && norm.mean && norm.rstd),
                   "in_scale: needs in_shift, in_mean and in_rstd as well");

@@ -4,25 +4,20 @@
 #pragma once
 
 #include "gpu.cuh"
+#include "operands.h"
 #include "plans.h"
 
 namespace effnet_fast {
 
-// SiLU(x * scale + shift) on load, or x itself where scale is null. [C]
-struct InputAffine {
-  const float *scale, *shift;
-};
-
 // The channels of a block and a thread's place among them.
 struct Place {
   int c0, count, lane, column;  // channels c0 + [0, count); thread: channel c0 + lane, `column`-th thread of the row
-  int64_t part;
+  int part;
   bool active;
 
   __device__ Place(const DepthwisePlan& plan, int channels, int column_threads) {
-    const int64_t block = blockIdx.x;
-    part = block / plan.groups;
-    c0 = (int)(block % plan.groups) * plan.channels;
+    part = (int)blockIdx.x / plan.groups;
+    c0 = (int)blockIdx.x % plan.groups * plan.channels;
     count = min(plan.channels, channels - c0);
     lane = threadIdx.x % plan.channels;
     column = threadIdx.x / plan.channels;
@@ -35,9 +30,13 @@ struct Tile {
   int64_t image;
   int column, row, row_end;
 
-  __device__ Tile(int64_t index, const DepthwisePlan& plan, int height) {
-    column = (int)(index % plan.strips) * plan.columns;
-    row = (int)(index / plan.strips % plan.segments) * plan.rows;
+  // The first tile of a part; its tiles end where the next part's begin.
+  __device__ static int first_of(int part, const DepthwisePlan& plan) {
+    return (int)((int64_t)plan.tiles * part / plan.parts);
+  }
+  __device__ Tile(int index, const DepthwisePlan& plan, int height) {
+    column = index % plan.strips * plan.columns;
+    row = index / plan.strips % plan.segments * plan.rows;
     row_end = min(row + plan.rows, height);
     image = index / plan.strips / plan.segments;
   }
@@ -47,6 +46,8 @@ template <int V>
 __device__ __forceinline__ void store_shared(float* to, const float (&values)[V]) {
   if constexpr (V == 1) {
     *to = values[0];
+  } else if constexpr (V == 2) {
+    *reinterpret_cast<float2*>(to) = make_float2(values[0], values[1]);
   } else {
 #pragma unroll
     for (int i = 0; i < V; i += 4)
@@ -58,6 +59,10 @@ template <int V>
 __device__ __forceinline__ void load_shared(const float* from, float (&values)[V]) {
   if constexpr (V == 1) {
     values[0] = *from;
+  } else if constexpr (V == 2) {
+    const float2 two = *reinterpret_cast<const float2*>(from);
+    values[0] = two.x;
+    values[1] = two.y;
   } else {
 #pragma unroll
     for (int i = 0; i < V; i += 4) {
@@ -88,7 +93,7 @@ struct StatisticsSink {
   }
   // `shared`: three floats a thread, [3][column thread][channel].
   __device__ __forceinline__ void finish(const Sums& sums, float* shared, const Place& place, const DepthwisePlan& plan,
-                                         int column_threads, int64_t, int64_t, int channels) const {
+                                         int column_threads, int64_t, int channels) const {
     const int plane = column_threads * plan.channels;
     if (place.active) {
       const Moments<float> mine = sums.sums.moments(sums.count);
@@ -100,7 +105,7 @@ struct StatisticsSink {
     if (place.column > 0 || !place.active) return;
     Moments<float> total{0, 0, 0};
     for (int i = place.lane; i < plane; i += plan.channels) total.merge({shared[i], shared[plane + i], shared[2 * plane + i]});
-    float* out = partials + place.part * 3 * channels + place.c0 + place.lane;
+    float* out = partials + (int64_t)place.part * 3 * channels + place.c0 + place.lane;
     out[0] = total.count;
     out[channels] = total.mean;
     out[2 * (int64_t)channels] = total.m2;
@@ -124,13 +129,13 @@ struct AffineSink {
     sums.sum += activated;
   }
   __device__ __forceinline__ void finish(const Sums& sums, float* shared, const Place& place, const DepthwisePlan& plan,
-                                         int column_threads, int64_t tile, int64_t images, int channels) const {
+                                         int column_threads, int64_t images, int channels) const {
     if (place.active) shared[threadIdx.x] = sums.sum;
     __syncthreads();
     if (place.column > 0 || !place.active) return;
     float total = 0;
     for (int i = place.lane; i < column_threads * plan.channels; i += plan.channels) total += shared[i];
-    const int64_t per_image = (int64_t)plan.strips * plan.segments;
+    const int per_image = plan.strips * plan.segments, tile = place.part;
     partials[(tile % per_image * images + tile / per_image) * channels + place.c0 + place.lane] = total;
   }
 };
@@ -147,14 +152,14 @@ struct ForwardShape {
   }
 };
 
+// 3x3: two blocks of 14 warps, 44 % of the warps that fit; 5x5 and 7x7 are bound by arithmetic, and keep 25 and 49
+// weights in registers instead.
 template <class T, int K, int S, int V, class Sink>
-__global__ void __launch_bounds__(depthwise_threads(K), K == 3 ? 2 : 1)
+__global__ void __launch_bounds__(forward_threads(K), K == 3 ? 2 : 1)
     depthwise_kernel(const T* __restrict__ x, const float* __restrict__ weight, InputAffine input, Sink sink, Shape s,
                      Window win, DepthwisePlan plan, int operands_at) {
   using Forward = ForwardShape<K, S>;
   constexpr int kQ = Forward::kQ, kRows = Forward::kRows, kColumns = Forward::width(kQ);
-  // vectors that a thread loads ahead: as many as it has of a step in a tile of some width
-  constexpr int kAhead = S == 1 ? 1 : V == 4 ? 3 : 2;
   EFFNET_FAST_SHARED(shared);
   const int column_threads = plan.columns / kQ, width = Forward::width(plan.columns);
   const Place place(plan, s.c, column_threads);
@@ -174,61 +179,60 @@ __global__ void __launch_bounds__(depthwise_threads(K), K == 3 ? 2 : 1)
   const int vectors = plan.channels / V, step_vectors = S * width * vectors, buffer_floats = S * width * plan.channels;
   __syncthreads();
 
-  const int64_t tile_end = plan.tiles * (place.part + 1) / plan.parts;
-  for (int64_t t = plan.tiles * place.part / plan.parts; t < tile_end; ++t) {
+  const int tile_end = Tile::first_of(place.part + 1, plan);
+  for (int t = Tile::first_of(place.part, plan); t < tile_end; ++t) {
     const Tile tile(t, plan, win.out_h);
     const int first_column = tile.column * S - win.pad_w;
     const T* image = x + tile.image * s.pixels() * s.c + place.c0;
+    const int64_t output_image = tile.image * win.out_h * win.out_w * s.c + place.c0 + place.lane;
     // Vector i of a step: [row][column][vector] of its S rows. Where it lies in the image, relative to the step's first
     // row, or -1 if the column or channel is outside.
-    const auto offset_of = [&](int i) -> int64_t {
+    const auto offset_of = [&](int i) {
       const int vector = i % vectors, column = first_column + i / vectors % width;
       const bool inside = i < step_vectors && column >= 0 && column < s.w && vector * V < place.count;
-      return inside ? ((int64_t)(i / vectors / width) * s.w + column) * s.c + vector * V : -1;
+      return inside ? (i / vectors / width * s.w + column) * s.c + vector * V : -1;
     };
-    const auto load = [&](int i, int64_t offset, int step) {
+    const auto load = [&](int i, int offset, int step) {
       const int row = step * S - win.pad_h;
       const int my_row = S == 1 || i < step_vectors / S ? row : row + 1;
       Packet<T, V> packet{};
       if (offset >= 0 && my_row >= 0 && my_row < s.h)
-        packet = Packet<T, V>::load(image + (int64_t)row * s.w * s.c + offset);
+        packet = Packet<T, V>::load(image + row * s.w * s.c + offset);
       return packet;
     };
-    const auto put = [&](int i, int64_t offset, int step, const Packet<T, V>& packet, float* buffer) {
+    const auto put = [&](int i, int offset, int step, const Packet<T, V>& packet, float* buffer) {
       if (i >= step_vectors) return;
       const int row = step * S - win.pad_h, my_row = S == 1 || i < step_vectors / S ? row : row + 1;
+      constexpr int U = V == 1 ? 1 : 2;  // channels at a time: few, for few registers
+      const bool inside = offset >= 0 && my_row >= 0 && my_row < s.h;
+      const int channel = i % vectors * V;
       float values[V] = {};
-      if (offset >= 0 && my_row >= 0 && my_row < s.h) {
-        packet.unpack(values);
-        if (input.scale) {
-          const int c = i % vectors * V;
-          float sc[V], sh[V];
-          load_shared(scale + c, sc);
-          load_shared(shift + c, sh);
+      if (inside) packet.unpack(values);
 #pragma unroll
-          for (int k = 0; k < V; ++k) {
-            const float u = values[k] * sc[k] + sh[k];
-            values[k] = u * sigmoid(u);
+      for (int k0 = 0; k0 < V; k0 += U) {
+        float(&few)[U] = reinterpret_cast<float(&)[U]>(values[k0]);
+        if (inside && input.scale) {
+          float sc[U], sh[U];
+          load_shared(scale + channel + k0, sc);
+          load_shared(shift + channel + k0, sh);
+#pragma unroll
+          for (int k = 0; k < U; ++k) {
+            const float u = few[k] * sc[k] + sh[k];
+            few[k] = u * sigmoid(u);
           }
         }
+        store_shared(buffer + i / vectors * plan.channels + channel + k0, few);
       }
-      store_shared(buffer + i / vectors * plan.channels + i % vectors * V, values);
     };
-    int64_t offsets[kAhead];
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) offsets[i] = offset_of(threadIdx.x + i * blockDim.x);
-    const auto put_rest = [&](int step, float* buffer) {  // of tiles so narrow that a thread has more than kAhead
-      for (int i = threadIdx.x + kAhead * blockDim.x; i < step_vectors; i += blockDim.x) {
-        const int64_t offset = offset_of(i);
+    // A thread loads one vector a step ahead, the rest, of strided or very narrow tiles, as it puts them.
+    const int offset = offset_of(threadIdx.x);
+    const auto put_rest = [&](int step, float* buffer) {
+      for (int i = threadIdx.x + blockDim.x; i < step_vectors; i += blockDim.x) {
+        const int offset = offset_of(i);
         put(i, offset, step, load(i, offset, step), buffer);
       }
     };
-
-    Packet<T, V> ahead[kAhead];
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) ahead[i] = load(threadIdx.x + i * blockDim.x, offsets[i], tile.row);
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) put(threadIdx.x + i * blockDim.x, offsets[i], tile.row, ahead[i], shared);
+    put(threadIdx.x, offset, tile.row, load(threadIdx.x, offset, tile.row), shared);
     put_rest(tile.row, shared);
     __syncthreads();
 
@@ -238,9 +242,8 @@ __global__ void __launch_bounds__(depthwise_threads(K), K == 3 ? 2 : 1)
       const bool more = step + 1 < step_end;
       float* buffer = shared + ((step - tile.row) & 1) * buffer_floats;
       float* other = shared + ((step - tile.row + 1) & 1) * buffer_floats;
-      if (more)
-#pragma unroll
-        for (int i = 0; i < kAhead; ++i) ahead[i] = load(threadIdx.x + i * blockDim.x, offsets[i], step + 1);
+      Packet<T, V> ahead{};
+      if (more) ahead = load(threadIdx.x, offset, step + 1);
       if (place.active) {
 #pragma unroll
         for (int p = 0; p < S; ++p)
@@ -263,23 +266,22 @@ __global__ void __launch_bounds__(depthwise_threads(K), K == 3 ? 2 : 1)
           }
         const int row = step - (kRows - 1);
         if (row >= tile.row) {
-          const int64_t at = ((tile.image * win.out_h + row) * win.out_w + tile.column) * s.c + place.c0 + place.lane;
+          const int64_t at = output_image + (row * win.out_w + tile.column) * s.c;
 #pragma unroll
           for (int q = 0; q < kQ; ++q) {
             const int column = place.column * kQ + q;
-            if (tile.column + column < win.out_w) sink.take(sums, at + (int64_t)column * s.c, acc[0][q]);
+            if (tile.column + column < win.out_w) sink.take(sums, at + column * s.c, acc[0][q]);
           }
         }
       }
       if (more) {
-#pragma unroll
-        for (int i = 0; i < kAhead; ++i) put(threadIdx.x + i * blockDim.x, offsets[i], step + 1, ahead[i], other);
+        put(threadIdx.x, offset, step + 1, ahead, other);
         put_rest(step + 1, other);
       }
       __syncthreads();
     }
   }
-  sink.finish(sums, shared, place, plan, column_threads, plan.tiles * place.part / plan.parts, s.n, s.c);
+  sink.finish(sums, shared, place, plan, column_threads, s.n, s.c);
 }
 
 }  // namespace effnet_fast

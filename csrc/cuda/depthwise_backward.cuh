@@ -6,14 +6,8 @@
 #pragma once
 
 #include "depthwise.cuh"
-#include "pointwise.cuh"
 
 namespace effnet_fast {
-
-// The BatchNorm + SiLU between the input and the convolution, or nulls. [C]
-struct InputNorm {
-  const float *scale, *shift, *mean, *rstd;
-};
 
 template <int K, int S>
 struct BackwardShape {
@@ -28,12 +22,13 @@ struct BackwardShape {
 };
 
 // weight_partials [parts, K * K, C], sum_partials [parts, 2, C] (sums of g and g * hat; zeros without a norm).
-// The windows and both sets of weights take 25 registers at 3x3 and 65 at 5x5, which is bound by arithmetic (50 products
-// for 8 bytes): more blocks would only spill.
+// norm: of the BatchNorm + SiLU between the input and the convolution, or nulls.
+// The windows and both sets of weights take 24 registers at 3x3 and 60 at 5x5, where 50 products for 8 bytes make
+// arithmetic the bound: more than one block of 14 warps, each with its next row in flight, would only spill.
 template <class T, int K, int S, int V>
-__global__ void __launch_bounds__(depthwise_threads(K))
+__global__ void __launch_bounds__(backward_threads(K, S))
     depthwise_backward_kernel(const T* __restrict__ grad, const T* __restrict__ y, const T* __restrict__ x,
-                              const float* __restrict__ weight, OutputGrad op, InputNorm norm, T* __restrict__ dx,
+                              const float* __restrict__ weight, OutputGrad op, Normalization norm, T* __restrict__ dx,
                               float* __restrict__ weight_partials, float* __restrict__ sum_partials, Shape s, Window win,
                               DepthwisePlan plan, int operands_at) {
   using Backward = BackwardShape<K, S>;
@@ -43,8 +38,9 @@ __global__ void __launch_bounds__(depthwise_threads(K))
   const Place place(plan, s.c, plan.columns);
   const int c = place.c0 + place.lane;
   float* operands = shared + operands_at;  // [7][channel]
-  const auto stage = [&](int which, const float* from) {
-    for (int i = threadIdx.x; i < place.count; i += blockDim.x) operands[which * plan.channels + i] = from[i];
+  const auto stage = [&](int which, const float* from, float otherwise = 0) {
+    for (int i = threadIdx.x; i < place.count; i += blockDim.x)
+      operands[which * plan.channels + i] = from ? from[i] : otherwise;
   };
   if (op.scale) {
     stage(0, op.scale + place.c0);
@@ -66,74 +62,71 @@ __global__ void __launch_bounds__(depthwise_threads(K))
   const int vectors = plan.channels / V, row_vectors = width * vectors;
   const int row_end = first_position(win.pad_h, S) + positions(s.h, win.pad_h, S);
 
-  const int64_t tile_end = plan.tiles * (place.part + 1) / plan.parts;
-  for (int64_t t = plan.tiles * place.part / plan.parts; t < tile_end; ++t) {
+  const int tile_end = Tile::first_of(place.part + 1, plan);
+  for (int t = Tile::first_of(place.part, plan); t < tile_end; ++t) {
     Tile tile(t, plan, row_end - first_position(win.pad_h, S));
     tile.row += first_position(win.pad_h, S);
     tile.row_end += first_position(win.pad_h, S);
     tile.column += first_position(win.pad_w, S);
-    if (op.gate) stage(5, op.gate + tile.image * s.c + place.c0);
-    if (op.pooled_grad) stage(6, op.pooled_grad + tile.image * s.c + place.c0);
+    const int64_t of_image = tile.image * s.c + place.c0;
+    stage(5, op.gate ? op.gate + of_image : nullptr, 1);
+    stage(6, op.pooled_grad ? op.pooled_grad + of_image : nullptr);
     __syncthreads();
 
     // A row of the output's gradient: columns from tile.column - (kColumns - 1) on.
     const int first_column = tile.column - (kColumns - 1);
-    const int64_t outputs = (int64_t)win.out_h * win.out_w;
-    const auto offset_of = [&](int i, int row) -> int64_t {
+    const int64_t output_image = tile.image * win.out_h * win.out_w * s.c + place.c0;
+    const T *grad_image = grad + output_image, *y_image = y ? y + output_image : nullptr;
+    const auto offset_of = [&](int i, int row) {
       const int column = first_column + i / vectors, vector = i % vectors;
       const bool inside = i < row_vectors && row >= 0 && row < win.out_h && column >= 0 && column < win.out_w &&
                           vector * V < place.count;
-      if (!inside) return -1;
-      return (tile.image * outputs + (int64_t)row * win.out_w + column) * s.c + place.c0 + vector * V;
+      return inside ? (row * win.out_w + column) * s.c + vector * V : -1;
     };
-    const auto put = [&](int i, int64_t offset, const Packet<T, V>& grads, const Packet<T, V>& ys, float* buffer) {
+    const auto put = [&](int i, int offset, const Packet<T, V>& grads, const Packet<T, V>& ys, float* buffer) {
       if (i >= row_vectors) return;
-      float dy[V] = {};
+      constexpr int U = V == 1 ? 1 : 2;  // channels at a time: few, for few registers
+      float dy[V] = {}, value[V] = {};
       if (offset >= 0) {
         grads.unpack(dy);
-        if (op.scale) {
-          const float* mine = operands + i % vectors * V;
-          float value[V], scale[V], slope[V], other[V];
-          ys.unpack(value);
+        ys.unpack(value);
+      }
+      const int channel = i % vectors * V;
+#pragma unroll
+      for (int k0 = 0; k0 < V; k0 += U) {
+        if (op.scale && offset >= 0) {
+          const float* mine = operands + channel + k0;
+          float scale[U], other[U], slope[U];
           load_shared(mine, scale);
           load_shared(mine + plan.channels, other);
 #pragma unroll
-          for (int k = 0; k < V; ++k) {
-            const float u = value[k] * scale[k] + other[k], sig = sigmoid(u);
-            slope[k] = silu_slope(sig, u * sig);
+          for (int k = 0; k < U; ++k) {
+            const float u = value[k0 + k] * scale[k] + other[k], sig = sigmoid(u);
+            slope[k] = silu_slope(sig, u * sig) * scale[k];
           }
-          if (op.gate) {
-            load_shared(mine + 5 * plan.channels, other);
+          float gate[U], pooled[U], mean[U], a[U], b[U];
+          load_shared(mine + 2 * plan.channels, mean);
+          load_shared(mine + 3 * plan.channels, a);
+          load_shared(mine + 4 * plan.channels, b);
+          load_shared(mine + 5 * plan.channels, gate);
+          load_shared(mine + 6 * plan.channels, pooled);
 #pragma unroll
-            for (int k = 0; k < V; ++k) dy[k] *= other[k];
-          }
-          if (op.pooled_grad) {
-            load_shared(mine + 6 * plan.channels, other);
-#pragma unroll
-            for (int k = 0; k < V; ++k) dy[k] += other[k];
-          }
-          load_shared(mine + 2 * plan.channels, other);
-#pragma unroll
-          for (int k = 0; k < V; ++k) value[k] -= other[k];
-          load_shared(mine + 4 * plan.channels, other);
-#pragma unroll
-          for (int k = 0; k < V; ++k) value[k] *= other[k];
-          load_shared(mine + 3 * plan.channels, other);
-#pragma unroll
-          for (int k = 0; k < V; ++k) dy[k] = dy[k] * slope[k] * scale[k] + (value[k] + other[k]);
+          for (int k = 0; k < U; ++k)
+            dy[k0 + k] = (dy[k0 + k] * gate[k] + pooled[k]) * slope[k] + ((value[k0 + k] - mean[k]) * b[k] + a[k]);
         }
+        const float(&stored)[U] = reinterpret_cast<const float(&)[U]>(dy[k0]);
+        store_shared(buffer + i / vectors * plan.channels + channel + k0, stored);
       }
-      store_shared(buffer + i / vectors * plan.channels + i % vectors * V, dy);
     };
-    const auto load = [&](const T* from, int64_t offset) {
+    const auto load = [&](const T* from, int offset) {
       Packet<T, V> packet{};
       if (from && offset >= 0) packet = Packet<T, V>::load(from + offset);
       return packet;
     };
     const auto put_rest = [&](int row, float* buffer) {  // of tiles so narrow that a thread has more than one vector
       for (int i = threadIdx.x + blockDim.x; i < row_vectors; i += blockDim.x) {
-        const int64_t offset = offset_of(i, row);
-        put(i, offset, load(grad, offset), load(y, offset), buffer);
+        const int offset = offset_of(i, row);
+        put(i, offset, load(grad_image, offset), load(y_image, offset), buffer);
       }
     };
 
@@ -141,7 +134,9 @@ __global__ void __launch_bounds__(depthwise_threads(K))
     const int column = (tile.column + place.column) * S - win.pad_w;
     const bool mine = place.active && place.column < plan.columns;
     const int owned = tile.row * S - win.pad_h, owned_end = min(s.h, tile.row_end * S - win.pad_h);
-    const int64_t at_image = tile.image * s.pixels() * s.c + c;
+    const int64_t input_image = tile.image * s.pixels() * s.c + c;
+    const T* x_image = x + input_image;
+    T* dx_image = dx + input_image;
     const auto inside = [&](int row, int p) {
       return mine && row >= max(owned, 0) && row < owned_end && column + p >= 0 && column + p < s.w;
     };
@@ -152,7 +147,7 @@ __global__ void __launch_bounds__(depthwise_threads(K))
         for (int p = 0; p < S; ++p) {
           const int row = step * S - win.pad_h + K - S + r;
           entering[r][p] = {};
-          if (inside(row, p)) entering[r][p] = Packet<T, 1>::load(x + at_image + ((int64_t)row * s.w + column + p) * s.c);
+          if (inside(row, p)) entering[r][p] = Packet<T, 1>::load(x_image + (row * s.w + column + p) * s.c);
         }
     };
 
@@ -160,13 +155,13 @@ __global__ void __launch_bounds__(depthwise_threads(K))
     Packet<T, 1> entering[S][S];
     load_x(first, entering);
     {
-      const int64_t offset = offset_of(threadIdx.x, first);
-      put(threadIdx.x, offset, load(grad, offset), load(y, offset), shared);
+      const int offset = offset_of(threadIdx.x, first);
+      put(threadIdx.x, offset, load(grad_image, offset), load(y_image, offset), shared);
       put_rest(first, shared);
     }
     __syncthreads();
 
-    float acc[K][S] = {}, value[K][S] = {}, activated[K][S] = {};
+    float acc[K][S] = {}, activated[K][S] = {};
     for (int step = first; step < tile.row_end; ++step) {
       const bool more = step + 1 < tile.row_end;
       float* buffer = shared + ((step - first) & 1) * width * plan.channels;
@@ -178,27 +173,25 @@ __global__ void __launch_bounds__(depthwise_threads(K))
         for (int p = 0; p < S; ++p) {
           acc[kh][p] = kh + S < K ? acc[kh + S][p] : 0.f;
           if (kh + S < K) {
-            value[kh][p] = value[kh + S][p];
             activated[kh][p] = activated[kh + S][p];
             continue;
           }
           const int r = kh + S - K;
           float entered[1];
           entering[r][p].unpack(entered);
-          value[kh][p] = entered[0];
           if (norm.scale) {
             const float u = entered[0] * in_scale + in_shift;
             entered[0] = u * sigmoid(u);
           }
           activated[kh][p] = inside(step * S - win.pad_h + kh, p) ? entered[0] : 0.f;
         }
-      int64_t offset = -1;
+      int offset = -1;
       Packet<T, V> grads{}, ys{};
       if (more) {
         load_x(step + 1, entering);
         offset = offset_of(threadIdx.x, step + 1);
-        grads = load(grad, offset);
-        ys = load(y, offset);
+        grads = load(grad_image, offset);
+        ys = load(y_image, offset);
       }
       if (mine) {
 #pragma unroll
@@ -221,17 +214,19 @@ __global__ void __launch_bounds__(depthwise_threads(K))
           for (int p = 0; p < S; ++p) {
             const int row = step * S - win.pad_h + r;
             if (!inside(row, p)) continue;
-            float g = acc[r][p];
-            if (norm.scale) {
-              const float u = value[r][p] * in_scale + in_shift, sig = sigmoid(u);
-              g *= silu_slope(sig, u * sig);
+            const int at = (row * s.w + column + p) * s.c;
+            if (!norm.scale) {
+              Packet<T, 1>::pack({acc[r][p]}).store(dx_image + at);
+              continue;
             }
-            const Packet<T, 1> stored = Packet<T, 1>::pack({g});
-            stored.store(dx + at_image + ((int64_t)row * s.w + column + p) * s.c);
-            float rounded[1];
+            float value[1], rounded[1];
+            Packet<T, 1>::load(x_image + at).unpack(value);  // again: cheaper than registers, and still in the nearest cache
+            const float u = value[0] * in_scale + in_shift, sig = sigmoid(u);
+            const Packet<T, 1> stored = Packet<T, 1>::pack({acc[r][p] * silu_slope(sig, u * sig)});
+            stored.store(dx_image + at);
             stored.unpack(rounded);
             sum += rounded[0];
-            product += rounded[0] * (value[r][p] - in_mean);
+            product += rounded[0] * (value[0] - in_mean);
           }
       }
       if (more) {
@@ -261,12 +256,11 @@ __global__ void __launch_bounds__(depthwise_threads(K))
   for (int kh = 0; kh < K; ++kh) {
 #pragma unroll
     for (int kw = 0; kw < K; ++kw) leave(kw, dw[kh * K + kw]);
-    total(weight_partials + (place.part * K + kh) * K * s.c, K);
+    total(weight_partials + ((int64_t)place.part * K + kh) * K * s.c, K);
   }
-  const bool normed = norm.scale != nullptr;
-  leave(0, normed ? sum : 0.f);
-  leave(1, normed && place.active ? product * norm.rstd[c] : 0.f);
-  total(sum_partials + place.part * 2 * s.c, 2);
+  leave(0, sum);
+  leave(1, norm.scale && place.active ? product * norm.rstd[c] : 0.f);
+  total(sum_partials + (int64_t)place.part * 2 * s.c, 2);
 }
 
 }  // namespace effnet_fast

@@ -41,6 +41,8 @@ struct Word<2> { using type = uint16_t; };
 template <>
 struct Word<4> { using type = uint32_t; };
 template <>
+struct Word<8> { using type = uint2; };
+template <>
 struct Word<16> { using type = uint4; };
 
 template <class T, int V>

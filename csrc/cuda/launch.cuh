@@ -1,7 +1,10 @@
 // The launchers of launch.h. A file for one storage type includes this and instantiates Passes.
 #pragma once
 
+#include "depthwise.cuh"
+#include "depthwise_backward.cuh"
 #include "launch.h"
+#include "pointwise.cuh"
 
 namespace effnet_fast {
 
@@ -89,7 +92,7 @@ void Passes<T>::backward_apply(const T* grad, const T* y, const OutputGrad& op, 
                                const Launch& on) {
   const PixelPlan plan(s, on.vector, on.multiprocessors);
   with_vector<T>(on, [&]<int V>() {
-    const auto kernel = backward_apply_kernel<T, V>;
+    const auto kernel = op.silu ? backward_apply_kernel<T, V, true> : backward_apply_kernel<T, V, false>;
     if (plan.blocks > 0)
       EFFNET_FAST_LAUNCH(kernel, plan.blocks, PixelPlan::kThreads, 0, on.stream, grad, y, out, op, s, plan);
   });
@@ -101,7 +104,7 @@ void launch_depthwise(const T* x, const float* weight, const InputAffine& input,
   const auto kernel = depthwise_kernel<T, K, S, V, Sink>;
   const int floats = ForwardShape<K, S>::shared_floats(plan);
   if (plan.tiles > 0)
-    EFFNET_FAST_LAUNCH(kernel, plan.parts * plan.groups, plan.threads, floats * (int)sizeof(float), on.stream, x, weight,
+    EFFNET_FAST_LAUNCH(kernel, (int64_t)plan.parts * plan.groups, plan.threads, floats * (int)sizeof(float), on.stream, x, weight,
                        input, sink, s, w, plan, floats - 2 * plan.channels);
 }
 
@@ -133,17 +136,17 @@ void Passes<T>::dwconv_affine(const T* x, const float* weight, const InputAffine
 
 template <class T>
 void Passes<T>::backward_dwconv(const T* grad, const T* y, const T* x, const float* weight, const OutputGrad& op,
-                                const InputNorm& norm, T* dx, float* dweight, float* sums, const Shape& s,
+                                const Normalization& norm, T* dx, float* dweight, float* sums, const Shape& s,
                                 const Window& w, float* partials, const Launch& on) {
   const DepthwisePlan plan = backward_plan(s, w, on.vector, on.multiprocessors);
   const int taps = w.kernel * w.kernel;
-  float* sum_partials = partials + plan.parts * taps * s.c;
+  float* sum_partials = partials + (int64_t)plan.parts * taps * s.c;
   with_vector<T>(on, [&]<int V>() {
     with_window(w, [&]<int K, int S>() {
-      const auto kernel = depthwise_backward_kernel<T, K, S, V>;
+      const auto kernel = depthwise_backward_kernel<T, K, S, backward_vector(K, V)>;
       using Backward = BackwardShape<K, S>;
       if (plan.tiles > 0)
-        EFFNET_FAST_LAUNCH(kernel, plan.parts * plan.groups, plan.threads,
+        EFFNET_FAST_LAUNCH(kernel, (int64_t)plan.parts * plan.groups, plan.threads,
                            Backward::shared_floats(plan) * (int)sizeof(float), on.stream, grad, y, x, weight, op, norm, dx,
                            partials, sum_partials, s, w, plan, Backward::operands_at(plan));
     });

@@ -3,7 +3,12 @@
 // give, and every launch goes to the given stream.
 #pragma once
 
-#include "depthwise_backward.cuh"
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+
+#include "operands.h"
+#include "plans.h"
 
 namespace effnet_fast {
 
@@ -21,13 +26,13 @@ inline int64_t pixel_partials(const Shape& s, int sums, const Launch& on) {
   return (int64_t)PixelPlan(s, on.vector, on.multiprocessors).chunks * sums * s.n * s.c;
 }
 inline int64_t dwconv_stats_partials(const Shape& s, const Window& w, const Launch& on) {
-  return forward_plan(s, w, on.vector, on.multiprocessors).parts * 3 * s.c;
+  return (int64_t)forward_plan(s, w, on.vector, on.multiprocessors).parts * 3 * s.c;
 }
 inline int64_t dwconv_affine_partials(const Shape& s, const Window& w, const Launch& on) {
-  return forward_plan(s, w, on.vector, on.multiprocessors).tiles * s.c;
+  return (int64_t)forward_plan(s, w, on.vector, on.multiprocessors).tiles * s.c;
 }
 inline int64_t backward_dwconv_partials(const Shape& s, const Window& w, const Launch& on) {
-  return backward_plan(s, w, on.vector, on.multiprocessors).parts * (w.kernel * w.kernel + 2) * s.c;
+  return (int64_t)backward_plan(s, w, on.vector, on.multiprocessors).parts * (w.kernel * w.kernel + 2) * s.c;
 }
 
 template <class T>
@@ -47,7 +52,7 @@ struct Passes {
                             const Launch& on);
   // y: may be null where op.scale is. sums [2, C].
   static void backward_dwconv(const T* grad, const T* y, const T* x, const float* weight, const OutputGrad& op,
-                              const InputNorm& norm, T* dx, float* dweight, float* sums, const Shape& s, const Window& w,
+                              const Normalization& norm, T* dx, float* dweight, float* sums, const Shape& s, const Window& w,
                               float* partials, const Launch& on);
 };
 

@@ -46,12 +46,12 @@ struct PixelPlan {
 // Depthwise passes. A block takes `channels` channels and marches down the rows of a tile: a strip of `columns` columns
 // and a segment of `rows` rows of one image. It takes one tile after another and leaves one set of partial sums.
 struct DepthwisePlan {
-  int vector, channels, groups, columns, strips, rows, segments, threads;
-  int64_t tiles, parts;
+  int vector, channels, groups, columns, strips, rows, segments, threads, tiles, parts;
 
-  // columns_per_thread: how many of its columns one thread computes.
+  // columns_per_thread: how many of its columns one thread computes. most_blocks: about as many as run at once, since
+  // each leaves partial sums.
   DepthwisePlan(int64_t n, int c, int vector, int height, int width, int columns_per_thread, int max_threads,
-                int multiprocessors)
+                int multiprocessors, int most_blocks)
       : vector(vector) {
     const int most = max_threads / 16 * columns_per_thread;
     strips = ceil_div(width, most);
@@ -67,26 +67,48 @@ struct DepthwisePlan {
     segments = (int)std::min<int64_t>(wanted, ceil_div(height, 8));
     rows = ceil_div(height, segments);
     segments = ceil_div(height, rows);
-    tiles = n * strips * segments;
-    parts = std::min(tiles, std::max<int64_t>(1, 4 * multiprocessors / groups));
+    tiles = (int)(n * strips * segments);
+    parts = std::min(tiles, std::max(1, most_blocks / groups));
   }
 };
 
 constexpr int kForwardColumns = 2;  // columns of a thread in the forward pass
-constexpr int depthwise_threads(int kernel) { return kernel == 7 ? 256 : 512; }
+constexpr int forward_threads(int kernel) { return kernel == 7 ? 256 : 448; }  // 448: 28 columns of 16 channels
+// Fewer where a thread needs more than the 128 registers that 448 leave it.
+constexpr int backward_threads(int kernel, int stride) {
+  return kernel == 7 ? 256 : kernel == 5 && stride == 2 ? 384 : 448;
+}
 
 // Marches over output rows and columns.
 inline DepthwisePlan forward_plan(const Shape& s, const Window& w, int vector, int multiprocessors) {
-  return {s.n, s.c, vector, w.out_h, w.out_w, kForwardColumns, depthwise_threads(w.kernel), multiprocessors};
+  return {s.n,
+          s.c,
+          vector,
+          w.out_h,
+          w.out_w,
+          kForwardColumns,
+          forward_threads(w.kernel),
+          multiprocessors,
+          4 * multiprocessors};
 }
 
 // The backward pass marches over positions: position m covers the input rows (or columns) m * stride - pad + [0, stride).
 constexpr int first_position(int pad, int stride) { return pad / stride; }
 constexpr int positions(int size, int pad, int stride) { return (size - 1 + pad) / stride - pad / stride + 1; }
 
+// Beyond 3x3 arithmetic is the bound, and loads of more than four channels would take registers that the windows need.
+constexpr int backward_vector(int kernel, int vector) { return kernel == 3 ? vector : vector < 4 ? vector : 4; }
+
 inline DepthwisePlan backward_plan(const Shape& s, const Window& w, int vector, int multiprocessors) {
-  return {s.n, s.c, vector, positions(s.h, w.pad_h, w.stride), positions(s.w, w.pad_w, w.stride), 1,
-          depthwise_threads(w.kernel), multiprocessors};
+  return {s.n,
+          s.c,
+          backward_vector(w.kernel, vector),
+          positions(s.h, w.pad_h, w.stride),
+          positions(s.w, w.pad_w, w.stride),
+          1,
+          backward_threads(w.kernel, w.stride),
+          multiprocessors,
+          2 * multiprocessors};
 }
 
 }  // namespace effnet_fast

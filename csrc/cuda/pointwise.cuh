@@ -3,6 +3,7 @@
 #pragma once
 
 #include "gpu.cuh"
+#include "operands.h"
 #include "plans.h"
 
 namespace effnet_fast {
@@ -35,13 +36,6 @@ struct Share {
   }
 };
 
-// SiLU(u) or u, times gate, plus residual; u = y * scale + shift.
-struct ApplyOperands {
-  const float *scale, *shift;  // [C]
-  const float* gate;           // [N, C] or null
-  bool silu;
-};
-
 template <class T, int V>
 __global__ void __launch_bounds__(PixelPlan::kThreads, 4)
     apply_kernel(const T* __restrict__ y, const T* __restrict__ residual, T* __restrict__ out, ApplyOperands op, Shape s,
@@ -69,30 +63,28 @@ __global__ void __launch_bounds__(PixelPlan::kThreads, 4)
   }
 }
 
-// Gradient of a BatchNorm's input: du * scale + (y - mean) * b + a with du = (grad * gate + pooled_grad), times
-// SiLU'(y * scale + shift) if silu.
-struct OutputGrad {
-  const float *scale, *shift, *mean, *a, *b;  // [C]
-  const float *gate, *pooled_grad;            // [N, C] or null
-  bool silu;
-};
-
-template <class T, int V>
-__global__ void __launch_bounds__(PixelPlan::kThreads)
+// With SiLU, seven operands of eight channels take 56 registers: two blocks, which still have two 16-byte loads a pixel
+// in flight from every thread.
+template <class T, int V, bool kSilu>
+__global__ void __launch_bounds__(PixelPlan::kThreads, kSilu ? 2 : 4)
     backward_apply_kernel(const T* __restrict__ grad, const T* __restrict__ y, T* __restrict__ out, OutputGrad op, Shape s,
                           PixelPlan plan) {
   const Share share(s, plan);
   if (!share.active) return;
   float scale[V], shift[V], mean[V], a[V], b[V], gate[V], pooled[V];
   load_floats(op.scale + share.c, scale);
-  load_floats(op.shift + share.c, shift);
   load_floats(op.mean + share.c, mean);
   load_floats(op.a + share.c, a);
   load_floats(op.b + share.c, b);
+  if (kSilu) load_floats(op.shift + share.c, shift);
 #pragma unroll
   for (int i = 0; i < V; ++i) {
     gate[i] = op.gate ? op.gate[share.image * s.c + share.c + i] : 1.f;
     pooled[i] = op.pooled_grad ? op.pooled_grad[share.image * s.c + share.c + i] : 0.f;
+    if (!kSilu) {  // du * scale + a is linear in grad: fold what can be
+      gate[i] *= scale[i];
+      a[i] += pooled[i] * scale[i];
+    }
   }
   const int64_t base = share.image * s.pixels() * s.c + share.c;
   for (int64_t p = share.first; p < share.end; p += plan.rows) {
@@ -101,12 +93,12 @@ __global__ void __launch_bounds__(PixelPlan::kThreads)
     Packet<T, V>::load(y + base + p * s.c).unpack(value);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      float d = du[i] * gate[i] + pooled[i];
-      if (op.silu) {
+      float d = du[i] * gate[i];
+      if constexpr (kSilu) {
         const float u = value[i] * scale[i] + shift[i], sig = sigmoid(u);
-        d *= silu_slope(sig, u * sig);
+        d = (d + pooled[i]) * silu_slope(sig, u * sig) * scale[i];
       }
-      value[i] = d * scale[i] + ((value[i] - mean[i]) * b[i] + a[i]);
+      value[i] = d + ((value[i] - mean[i]) * b[i] + a[i]);
     }
     Packet<T, V>::pack(value).store(out + base + p * s.c);
   }
@@ -158,16 +150,11 @@ __global__ void __launch_bounds__(PixelPlan::kThreads, 4)
   sum_rows(sum, shared, share, plan, [&](int k, float total) { out[k] = total; });
 }
 
-// What the five (or two) sums need of a BatchNorm, all [C].
-struct Normalization {
-  const float *scale, *shift, *mean, *rstd;
-};
-
 // partials [chunks, 5 or 2, N, C]: with SiLU grad * SiLU(u), grad * d, d, grad * d * hat, d * hat; else grad, grad * hat.
-// The five sums of eight channels take 40 registers, which leaves room for two to three blocks: with two 16-byte loads a
-// pixel in every thread that is still more in flight than the memory's latency times its bandwidth.
+// The five sums of eight channels take 40 registers and their operands 24: two blocks, but with four 16-byte loads of
+// every thread in flight.
 template <class T, int V, bool kSilu>
-__global__ void __launch_bounds__(PixelPlan::kThreads)
+__global__ void __launch_bounds__(PixelPlan::kThreads, kSilu ? 2 : 4)
     backward_sums_kernel(const T* __restrict__ grad, const T* __restrict__ y, Normalization norm,
                          float* __restrict__ partials, Shape s, PixelPlan plan) {
   constexpr int kSums = kSilu ? 5 : 2;
@@ -177,33 +164,38 @@ __global__ void __launch_bounds__(PixelPlan::kThreads)
   if (share.active) {
     float scale[V] = {}, shift[V] = {}, mean[V], rstd[V];
     load_floats(norm.mean + share.c, mean);
-    load_floats(norm.rstd + share.c, rstd);
     if (kSilu) {
       load_floats(norm.scale + share.c, scale);
       load_floats(norm.shift + share.c, shift);
     }
     const int64_t base = share.image * s.pixels() * s.c + share.c;
+#pragma unroll 2
     for (int64_t p = share.first; p < share.end; p += plan.rows) {
       float dz[V], value[V];
       Packet<T, V>::load(grad + base + p * s.c).unpack(dz);
       Packet<T, V>::load(y + base + p * s.c).unpack(value);
 #pragma unroll
       for (int i = 0; i < V; ++i) {
-        const float hat = (value[i] - mean[i]) * rstd[i];
+        const float centered = value[i] - mean[i];
         if constexpr (kSilu) {
           const float u = value[i] * scale[i] + shift[i], sig = sigmoid(u), z = u * sig;
           const float slope = silu_slope(sig, z), du = dz[i] * slope;
           sums[0][i] += dz[i] * z;
           sums[1][i] += du;
           sums[2][i] += slope;
-          sums[3][i] += du * hat;
-          sums[4][i] += slope * hat;
+          sums[3][i] += du * centered;
+          sums[4][i] += slope * centered;
         } else {
           sums[0][i] += dz[i];
-          sums[1][i] += dz[i] * hat;
+          sums[1][i] += dz[i] * centered;
         }
       }
     }
+    load_floats(norm.rstd + share.c, rstd);
+#pragma unroll
+    for (int i = 0; i < V; ++i)
+#pragma unroll
+      for (int sum = kSilu ? 3 : 1; sum < kSums; ++sum) sums[sum][i] *= rstd[i];  // hat = centered * rstd
   }
 #pragma unroll
   for (int i = 0; i < kSums; ++i) {

@@ -1,5 +1,6 @@
 // The simulated passes in torch's dispatcher, for CPU tensors, behind the very bindings of the CUDA ones.
 #include "../../csrc/bindings/cuda_passes.h"
+#include "simulator.h"
 
 static int multiprocessors = 1;
 

@@ -71,3 +71,13 @@ def library() -> Path:
 def load(path: Path) -> ctypes.CDLL:
     """Loads a library of simulated passes; torch.ops.effnet_fast_simulated then runs them on CPU tensors."""
     return ctypes.CDLL(str(path))
+
+
+def sanitized_program(kernels: Path, sanitizers: str, folder: Path) -> Path:
+    """A program that runs every pass once under these sanitizers (as of g++ -fsanitize), over OS threads."""
+    flags = ["-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-DEFFNET_FAST_OS_THREADS"]
+    sources = [SIMULATOR / "sanitize.cpp", SIMULATOR / "simulator.cpp"]
+    objects = compile_objects(sources, compile_flags(kernels, *flags, f"-I{kernels}"), folder)
+    program = folder / "sanitize"
+    subprocess.run(["g++", f"-fsanitize={sanitizers}", "-o", str(program), *objects, "-lpthread"], check=True)
+    return program
