@@ -27,8 +27,7 @@ struct Place {
 
 // A strip of columns and a segment of rows of one image.
 struct Tile {
-  int64_t image;
-  int column, row, row_end;
+  int image, column, row, row_end;
 
   // The first tile of a part; its tiles end where the next part's begin.
   __device__ static int first_of(int part, const DepthwisePlan& plan) {
@@ -184,7 +183,7 @@ __global__ void __launch_bounds__(forward_threads(K), K == 3 ? 2 : 1)
     const Tile tile(t, plan, win.out_h);
     const int first_column = tile.column * S - win.pad_w;
     const T* image = x + tile.image * s.pixels() * s.c + place.c0;
-    const int64_t output_image = tile.image * win.out_h * win.out_w * s.c + place.c0 + place.lane;
+    const int64_t output_image = (int64_t)tile.image * win.out_h * win.out_w * s.c + place.c0 + place.lane;
     // Vector i of a step: [row][column][vector] of its S rows. Where it lies in the image, relative to the step's first
     // row, or -1 if the column or channel is outside.
     const auto offset_of = [&](int i) {

@@ -26,7 +26,7 @@ struct BackwardShape {
 // The windows and both sets of weights take 24 registers at 3x3 and 60 at 5x5, where 50 products for 8 bytes make
 // arithmetic the bound: more than one block of 14 warps, each with its next row in flight, would only spill.
 template <class T, int K, int S, int V>
-__global__ void __launch_bounds__(backward_threads(K, S))
+__global__ void __launch_bounds__(backward_threads(K, S), 1)
     depthwise_backward_kernel(const T* __restrict__ grad, const T* __restrict__ y, const T* __restrict__ x,
                               const float* __restrict__ weight, OutputGrad op, Normalization norm, T* __restrict__ dx,
                               float* __restrict__ weight_partials, float* __restrict__ sum_partials, Shape s, Window win,
@@ -68,15 +68,14 @@ __global__ void __launch_bounds__(backward_threads(K, S))
     tile.row += first_position(win.pad_h, S);
     tile.row_end += first_position(win.pad_h, S);
     tile.column += first_position(win.pad_w, S);
-    const int64_t of_image = tile.image * s.c + place.c0;
+    const int64_t of_image = (int64_t)tile.image * s.c + place.c0;
     stage(5, op.gate ? op.gate + of_image : nullptr, 1);
     stage(6, op.pooled_grad ? op.pooled_grad + of_image : nullptr);
     __syncthreads();
 
     // A row of the output's gradient: columns from tile.column - (kColumns - 1) on.
     const int first_column = tile.column - (kColumns - 1);
-    const int64_t output_image = tile.image * win.out_h * win.out_w * s.c + place.c0;
-    const T *grad_image = grad + output_image, *y_image = y ? y + output_image : nullptr;
+    const int64_t output_image = (int64_t)tile.image * win.out_h * win.out_w * s.c + place.c0;
     const auto offset_of = [&](int i, int row) {
       const int column = first_column + i / vectors, vector = i % vectors;
       const bool inside = i < row_vectors && row >= 0 && row < win.out_h && column >= 0 && column < win.out_w &&
@@ -120,13 +119,13 @@ __global__ void __launch_bounds__(backward_threads(K, S))
     };
     const auto load = [&](const T* from, int offset) {
       Packet<T, V> packet{};
-      if (from && offset >= 0) packet = Packet<T, V>::load(from + offset);
+      if (from && offset >= 0) packet = Packet<T, V>::load(from + (output_image + offset));
       return packet;
     };
     const auto put_rest = [&](int row, float* buffer) {  // of tiles so narrow that a thread has more than one vector
       for (int i = threadIdx.x + blockDim.x; i < row_vectors; i += blockDim.x) {
         const int offset = offset_of(i, row);
-        put(i, offset, load(grad_image, offset), load(y_image, offset), buffer);
+        put(i, offset, load(grad, offset), load(y, offset), buffer);
       }
     };
 
@@ -135,8 +134,6 @@ __global__ void __launch_bounds__(backward_threads(K, S))
     const bool mine = place.active && place.column < plan.columns;
     const int owned = tile.row * S - win.pad_h, owned_end = min(s.h, tile.row_end * S - win.pad_h);
     const int64_t input_image = tile.image * s.pixels() * s.c + c;
-    const T* x_image = x + input_image;
-    T* dx_image = dx + input_image;
     const auto inside = [&](int row, int p) {
       return mine && row >= max(owned, 0) && row < owned_end && column + p >= 0 && column + p < s.w;
     };
@@ -147,7 +144,7 @@ __global__ void __launch_bounds__(backward_threads(K, S))
         for (int p = 0; p < S; ++p) {
           const int row = step * S - win.pad_h + K - S + r;
           entering[r][p] = {};
-          if (inside(row, p)) entering[r][p] = Packet<T, 1>::load(x_image + (row * s.w + column + p) * s.c);
+          if (inside(row, p)) entering[r][p] = Packet<T, 1>::load(x + (input_image + (row * s.w + column + p) * s.c));
         }
     };
 
@@ -156,7 +153,7 @@ __global__ void __launch_bounds__(backward_threads(K, S))
     load_x(first, entering);
     {
       const int offset = offset_of(threadIdx.x, first);
-      put(threadIdx.x, offset, load(grad_image, offset), load(y_image, offset), shared);
+      put(threadIdx.x, offset, load(grad, offset), load(y, offset), shared);
       put_rest(first, shared);
     }
     __syncthreads();
@@ -190,8 +187,8 @@ __global__ void __launch_bounds__(backward_threads(K, S))
       if (more) {
         load_x(step + 1, entering);
         offset = offset_of(threadIdx.x, step + 1);
-        grads = load(grad_image, offset);
-        ys = load(y_image, offset);
+        grads = load(grad, offset);
+        ys = load(y, offset);
       }
       if (mine) {
 #pragma unroll
@@ -214,16 +211,16 @@ __global__ void __launch_bounds__(backward_threads(K, S))
           for (int p = 0; p < S; ++p) {
             const int row = step * S - win.pad_h + r;
             if (!inside(row, p)) continue;
-            const int at = (row * s.w + column + p) * s.c;
+            const int64_t at = input_image + (row * s.w + column + p) * s.c;
             if (!norm.scale) {
-              Packet<T, 1>::pack({acc[r][p]}).store(dx_image + at);
+              Packet<T, 1>::pack({acc[r][p]}).store(dx + at);
               continue;
             }
             float value[1], rounded[1];
-            Packet<T, 1>::load(x_image + at).unpack(value);  // again: cheaper than registers, and still in the nearest cache
+            Packet<T, 1>::load(x + at).unpack(value);  // again: cheaper than registers, and still in the nearest cache
             const float u = value[0] * in_scale + in_shift, sig = sigmoid(u);
             const Packet<T, 1> stored = Packet<T, 1>::pack({acc[r][p] * silu_slope(sig, u * sig)});
-            stored.store(dx_image + at);
+            stored.store(dx + at);
             stored.unpack(rounded);
             sum += rounded[0];
             product += rounded[0] * (value[0] - in_mean);
