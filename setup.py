@@ -1,7 +1,14 @@
 """Compiles the native extensions; everything else about the package is in pyproject.toml."""
 
+import os
 import platform
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
+from pathlib import Path
 
 import torch
 from setuptools import Extension, setup
@@ -35,9 +42,100 @@ host = CppExtension(
     extra_compile_args=["-O2", "-g0", "-std=c++20"],
 )
 
+# The GPU architectures that the CUDA passes are compiled for; the last also as PTX, for those to come.
+CUDA_ARCHITECTURES = tuple((os.environ.get("EFFNET_FAST_CUDA_ARCHITECTURES") or "80,90").split(","))
+CUDA_STORAGE_TYPES = ("float", "bfloat16", "half")
+
+
+def cuda_toolkit() -> Path | None:
+    """The folder of the CUDA toolkit: CUDA_HOME, or what nvcc itself says, which may be a wrapper on PATH."""
+    if os.environ.get("CUDA_HOME"):
+        return Path(os.environ["CUDA_HOME"])
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return None
+    done = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-E", os.devnull], capture_output=True, text=True)
+    found = re.search(r"^#\$ TOP=(.*)$", done.stderr + done.stdout, re.MULTILINE)
+    return Path(found[1].strip()).resolve() if found else None
+
+
+def cuda_passes() -> list[Extension]:
+    """The CUDA extension where it can be built: none if it can't, an error if EFFNET_FAST_CUDA=1 insists on it."""
+    choice = os.environ.get("EFFNET_FAST_CUDA")
+    if choice not in (None, "", "0", "1"):
+        raise ValueError(f"EFFNET_FAST_CUDA: got {choice!r}, must be 0 or 1")
+    toolkit = cuda_toolkit()
+    reason = None
+    if torch.version.cuda is None:
+        reason = "this torch has no CUDA"
+    elif toolkit is None or not (toolkit / "include" / "cuda_runtime.h").exists():
+        reason = "no CUDA toolkit: nvcc is not on PATH, and CUDA_HOME is not set to one"
+    elif toolkit_version(toolkit) != torch.version.cuda.split(".")[0]:
+        reason = f"torch is for CUDA {torch.version.cuda}, the toolkit in {toolkit} is for another"
+    if choice == "1" and reason:
+        raise RuntimeError(f"EFFNET_FAST_CUDA=1: {reason}")
+    if choice == "0" or reason:
+        return []
+    macros = [
+        ("TORCH_TARGET_VERSION", "0x020b000000000000"),
+        ("USE_CUDA", None),
+        ("EFFNET_FAST_LOWEST_CAPABILITY", min(CUDA_ARCHITECTURES, key=int)),
+    ]
+    return [
+        CppExtension(
+            "effnet_fast._cuda",
+            ["csrc/bindings/cuda.cpp"],
+            depends=["csrc/bindings/cuda_passes.h", *map(str, Path("csrc/cuda").glob("*"))],
+            include_dirs=[str(toolkit / "include")],
+            library_dirs=[str(folder) for folder in (toolkit / "lib64", toolkit / "lib") if folder.exists()],
+            libraries=["cudart", "torch_cuda"],
+            define_macros=macros,
+            extra_compile_args=["-O2", "-g0", "-std=c++20"],
+            optional=choice != "1",
+        )
+    ]
+
+
+def toolkit_version(toolkit: Path) -> str | None:
+    """The toolkit's major version."""
+    found = re.search(r"#define CUDART_VERSION\s+(\d+)", (toolkit / "include" / "cuda_runtime_api.h").read_text())
+    return str(int(found[1]) // 1000) if found else None
+
+
+def compile_kernels(extension: Extension, folder: Path) -> None:
+    """Compiles the kernels with nvcc, one storage type beside another, and adds them to the extension's link."""
+    nvcc = Path(extension.include_dirs[0]).parent / "bin" / "nvcc"
+    folder.mkdir(parents=True, exist_ok=True)
+    architectures = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
+    architectures.append(f"-gencode=arch=compute_{CUDA_ARCHITECTURES[-1]},code=compute_{CUDA_ARCHITECTURES[-1]}")
+    flags = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC", *architectures]
+
+    def compile_one(storage: str) -> str:
+        target = str(folder / f"passes_{storage}.o")
+        subprocess.run([str(nvcc), *flags, "-c", f"csrc/cuda/passes_{storage}.cu", "-o", target], check=True)
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        extension.extra_objects = list(pool.map(compile_one, CUDA_STORAGE_TYPES))
+
+
+class BuildPasses(BuildExtension):
+    """Builds the extensions; an optional one that fails is left out, and said so."""
+
+    def build_extension(self, extension: Extension) -> None:
+        try:
+            if extension.name == "effnet_fast._cuda":
+                compile_kernels(extension, Path(self.build_temp) / "cuda")
+            super().build_extension(extension)
+        except Exception as error:
+            if not extension.optional:
+                raise
+            print(f"{extension.name}: left out, it does not build: {error}", file=sys.stderr)
+
+
 setup(
-    ext_modules=[host, *map(cpu_passes, ISA_FLAGS)],
+    ext_modules=[host, *map(cpu_passes, ISA_FLAGS), *cuda_passes()],
     # Extensions in parallel (one source each) rather than ninja's parallel sources of one extension.
-    cmdclass={"build_ext": BuildExtension.with_options(use_ninja=False)},
+    cmdclass={"build_ext": BuildPasses.with_options(use_ninja=False)},
     options={"build_ext": {"parallel": True}},
 )

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 
 from effnet_fast import _host
 from effnet_fast.cli import ArgumentParser
-from effnet_fast.passes.backend import cpu_isa, current, why_not
+from effnet_fast.passes.backend import cpu_isa, current, why_not, why_unavailable
 
 ISAS = ("avx512", "avx2", "baseline")
 
@@ -44,10 +45,27 @@ def report() -> Iterator[tuple[str, str]]:
         yield f"{str(dtype).removeprefix('torch.')} on the CPU", reason or "compiled passes"
     yield (
         "depthwise convolutions",
-        "kernel 3, 5 or 7, stride 1 or 2, channels a multiple of 8; others take eager PyTorch",
+        "kernel 3, 5 or 7, stride 1 or 2, on the CPU channels a multiple of 8; others take eager PyTorch",
     )
     yield "CUDA", torch.cuda.get_device_name() if torch.cuda.is_available() else "no device"
-    yield "CUDA passes", "none in this version: eager PyTorch"
+    yield "CUDA passes", _gpu_passes("cuda")
+    yield "Triton passes", _gpu_passes("triton")
+
+
+def _gpu_passes(backend: str) -> str:
+    reason = why_unavailable(backend)
+    if reason is None and torch.cuda.is_available():
+        reason = why_not(backend, torch.empty(1, 8, 1, 1, device="cuda"))
+        return reason or "built, runs here"
+    if reason is None:
+        return "built, no device to run on"
+    if backend == "cuda" and find_spec("effnet_fast._cuda") is None:
+        if torch.version.cuda is None:
+            return f"{reason}: this torch has no CUDA"
+        if shutil.which("nvcc") is None and "CUDA_HOME" not in os.environ:
+            return f"{reason}: no nvcc on PATH, and CUDA_HOME is not set"
+        return f"{reason}: install again with EFFNET_FAST_CUDA=1 to see why"
+    return reason
 
 
 def main(argv: list[str] | None = None) -> None:

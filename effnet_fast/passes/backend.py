@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Iterator
 from functools import cache, partial
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,12 +20,16 @@ from torch import Tensor
 from effnet_fast import _host
 from effnet_fast.passes import products, reference, schema
 
-BACKENDS = ("auto", "eager", "cpu")
+BACKENDS = ("auto", "eager", "cpu", "cuda", "triton")
+
+# Native backends of a device, best first.
+_OF_DEVICE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 _LOG = logging.getLogger("effnet_fast")
 
 # Read once, so that a compiler can trace the choice.
 _chosen = os.environ.get("EFFNET_FAST_BACKEND") or "auto"
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _load() -> str | ValueError:
@@ -49,19 +54,47 @@ def cpu_isa() -> str:
     return _loaded
 
 
+@cache
+def why_unavailable(backend: str) -> str | None:
+    """Loads a native backend of the GPU, "cuda" or "triton"; the reason if it isn't there or doesn't load."""
+    if backend == "cuda" and find_spec("effnet_fast._cuda") is None:
+        return "the CUDA passes were not built"
+    module = {"cuda": "effnet_fast._cuda", "triton": "effnet_fast.passes.triton"}[backend]
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        return f"{module} does not load: {error}"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _unavailable_on(backend: str, index: int) -> str | None:
+    """The same, and the reason if the backend's code is not for that GPU."""
+    reason = why_unavailable(backend)
+    if reason is not None or backend != "cuda":
+        return reason
+    lowest = importlib.import_module("effnet_fast._cuda").lowest_capability
+    major, minor = torch.cuda.get_device_capability(index)
+    if 10 * major + minor < lowest:
+        return f"the GPU has compute capability {major}.{minor}, the CUDA passes were built for {lowest / 10} and up"
+    return None
+
+
 def why_not(backend: str, x: Tensor, kernel: int = 3, stride: int = 1) -> str | None:
     """The reason why a native backend can't run passes over x with such a convolution; None if it can."""
-    if backend != x.device.type:
-        return f"x is on {x.device.type}"
+    device = x.device.type
+    interpreted = backend == "triton" and device == "cpu" and _INTERPRETED
+    if backend not in _OF_DEVICE.get(device, ()) and not interpreted:
+        return f"x is on {device}"
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"dtype is {x.dtype}, must be float32, bfloat16 or float16"
-    if x.shape[1] % 8:
+    if backend == "cpu" and x.shape[1] % 8:
         return f"{x.shape[1]} channels are not a multiple of 8"
     if kernel not in (3, 5, 7):
         return f"the kernel is {kernel}, must be 3, 5 or 7"
     if stride not in (1, 2):
         return f"the stride is {stride}, must be 1 or 2"
-    return None
+    return None if backend == "cpu" else _unavailable_on(backend, x.device.index or 0)
 
 
 def current() -> str:
@@ -71,9 +104,9 @@ def current() -> str:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Choose the backend inside a ``with`` block: "auto", "eager" (plain PyTorch) or "cpu" (compiled, or an error).
+    """Choose the backend inside a ``with`` block: "auto", "eager" (plain PyTorch), or a native one or an error.
 
-    Raises ValueError naming the choices.
+    Native are "cpu" (C++), "cuda" (CUDA C++) and "triton". Raises ValueError naming the choices.
     """
     global _chosen
     before, _chosen = _chosen, _checked(name, "backend")
@@ -90,37 +123,65 @@ def _checked(name: str, argument: str) -> str:
 
 
 def resolve(x: Tensor, kernel: int = 3, stride: int = 1) -> str:
-    """ "cpu" or "eager": what runs an op on x. Raises RuntimeError if a backend was insisted on and can't."""
+    """The backend that runs an op on x, never "auto". Raises RuntimeError if one was insisted on and can't."""
     name = current()
     if name == "eager":
-        return "eager"
-    reason = why_not("cpu", x, kernel, stride)
-    if reason is None:
-        cpu_isa()
-        return "cpu"
+        return name
+    device = x.device.type
+    candidates = _OF_DEVICE.get(device, ()) if name == "auto" else (name,)
+    reasons = [] if candidates else [f"x is on {device}"]
+    for candidate in candidates:
+        reason = why_not(candidate, x, kernel, stride)
+        if reason is None:
+            if candidate == "cpu":
+                cpu_isa()
+            if reasons:
+                _log_fallback(candidate, reasons[0])
+            return candidate
+        if reason not in reasons:
+            reasons.append(reason)
     if name == "auto":
-        _log_fallback(reason)
+        _log_fallback("eager PyTorch", "; ".join(reasons))
         return "eager"
-    raise RuntimeError(f"backend: {name!r} can't run this call: {reason}")
+    raise RuntimeError(f"backend: {name!r} can't run this call: {reasons[0]}")
 
 
 @cache
-def _log_fallback(reason: str) -> None:
-    _LOG.warning("falling back to eager PyTorch: %s", reason)
+def _log_fallback(to: str, reason: str) -> None:
+    _LOG.warning("falling back to %s: %s", to, reason)
 
 
-def _with_products(passes: Any) -> SimpleNamespace:
+def with_products(passes: Any) -> SimpleNamespace:
     """A backend's passes, and the products composed of them."""
     own = {name: getattr(passes, name) for name in schema.PASSES}
     return SimpleNamespace(**own, **{name: partial(getattr(products, name), passes) for name in schema.PRODUCTS})
 
 
-_CPU = SimpleNamespace(
-    **{name: getattr(torch.ops.effnet_fast, name).default for name in schema.PASSES + schema.PRODUCTS}
-)
-_REFERENCE = _with_products(reference)
+def _dispatched(names: tuple[str, ...]) -> SimpleNamespace:
+    """Passes in C++, of which the dispatcher takes those for the tensor's device."""
+    return SimpleNamespace(**{name: getattr(torch.ops.effnet_fast, name).default for name in names})
+
+
+_CPU = _dispatched(schema.PASSES + schema.PRODUCTS)
+
+
+@cache
+def _composed(name: str) -> SimpleNamespace:
+    """The passes of a backend without products of its own, or "reference"."""
+    if name == "cuda":
+        return with_products(_dispatched(schema.PASSES))
+    return with_products(reference if name == "reference" else importlib.import_module("effnet_fast.passes.triton"))
 
 
 def passes_for(x: Tensor, kernel: int = 3, stride: int = 1) -> Any:
-    """The passes to run on x: compiled ones, or `reference` where there are none (float64, for one)."""
-    return _CPU if why_not("cpu", x, kernel, stride) is None else _REFERENCE
+    """The passes to run on x: those of the backend asked for if it can, else the best native ones.
+
+    `reference` where there are none (float64, for one).
+    """
+    candidates = _OF_DEVICE.get(x.device.type, ())
+    if _chosen == "triton":
+        candidates = ("triton", *candidates)
+    for name in candidates:
+        if why_not(name, x, kernel, stride) is None:
+            return _CPU if name == "cpu" else _composed(name)
+    return _composed("reference")

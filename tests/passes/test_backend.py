@@ -2,12 +2,15 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from effnet_fast.passes import backend
-from effnet_fast.passes.backend import current, resolve, use_backend, why_not
+from effnet_fast.passes.backend import current, passes_for, resolve, use_backend, why_not
+from effnet_fast.passes.schema import PASSES, PRODUCTS
 
 X = torch.zeros(1, 8, 2, 2)
 
@@ -40,6 +43,63 @@ def test_one_predicate_chooses_and_explains(x: torch.Tensor, kernel: int, stride
         resolve(x, kernel, stride)
 
 
+@dataclass
+class OnGpu:
+    """What the choice of a backend looks at, of a tensor on a GPU."""
+
+    device = torch.device("cuda", 0)
+    dtype: torch.dtype = torch.bfloat16
+    shape: tuple[int, ...] = (1, 9, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "triton", "expected"),
+    [
+        (None, None, "cuda"),
+        ("the CUDA passes were not built", None, "triton"),
+        ("the CUDA passes were not built", "triton does not load", "eager"),
+    ],
+)
+def test_a_gpu_prefers_cuda_then_triton_then_eager(cuda, triton, expected, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(backend, "_unavailable_on", lambda name, index: {"cuda": cuda, "triton": triton}[name])
+    monkeypatch.setattr(backend, "_composed", lambda name: name)
+    backend._log_fallback.cache_clear()
+    with caplog.at_level(logging.WARNING, "effnet_fast"):
+        assert resolve(OnGpu()) == expected
+    assert [r.getMessage() for r in caplog.records] == {
+        "cuda": [],
+        "triton": ["falling back to triton: the CUDA passes were not built"],
+        "eager": ["falling back to eager PyTorch: the CUDA passes were not built; triton does not load"],
+    }[expected]
+    assert passes_for(OnGpu()) == {"eager": "reference"}.get(expected, expected)
+    assert resolve(OnGpu(torch.float64)) == "eager"
+    for name, reason in (("cuda", cuda), ("triton", triton)):
+        with use_backend(name):
+            if reason is None:
+                assert resolve(OnGpu()) == name
+                assert passes_for(OnGpu()) == name
+            else:
+                with pytest.raises(RuntimeError, match=f"backend: '{name}' can't run this call: {reason}"):
+                    resolve(OnGpu())
+            with pytest.raises(RuntimeError, match=f"backend: '{name}' can't run this call: x is on cpu"):
+                resolve(X)
+            assert passes_for(X) is backend._CPU
+
+
+def test_an_older_gpu_than_the_passes_were_built_for_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr(backend, "why_unavailable", lambda name: None)
+    monkeypatch.setitem(sys.modules, "effnet_fast._cuda", SimpleNamespace(lowest_capability=80))
+    for capability, reason in ((7, 5), "capability 7.5, the CUDA passes were built for 8.0"), ((8, 0), None):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index, capability=capability: capability)
+        given = why_not("cuda", OnGpu())
+        assert given is None if reason is None else reason in given
+
+
+def test_every_backend_has_all_passes_and_products() -> None:
+    for name in PASSES + PRODUCTS:
+        assert all(hasattr(passes, name) for passes in (backend._CPU, *map(backend._composed, ("cuda", "reference"))))
+
+
 def test_choice_nests_and_ends_with_its_block() -> None:
     assert current() == "auto"
     with use_backend("eager"):
@@ -48,7 +108,10 @@ def test_choice_nests_and_ends_with_its_block() -> None:
             assert resolve(X) == "cpu"
         assert current() == "eager"
     assert current() == "auto"
-    with pytest.raises(ValueError, match="backend: got 'tpu', choose from auto, eager, cpu"), use_backend("tpu"):
+    with (
+        pytest.raises(ValueError, match="backend: got 'tpu', choose from auto, eager, cpu, cuda, triton"),
+        use_backend("tpu"),
+    ):
         pass
 
 
@@ -65,6 +128,7 @@ def test_doctor_says_what_runs_here_and_why_not() -> None:
     assert facts["float32 on the CPU"] == "compiled passes"
     assert "float64" in facts["float64 on the CPU"]
     assert facts["backend"] == "auto"
+    assert facts["CUDA passes"].startswith(("built", "the CUDA passes were not built: "))
     baseline = run({"EFFNET_FAST_ISA": "baseline", "EFFNET_FAST_BACKEND": "eager"}).stdout
     assert "instruction set in use  baseline" in baseline
     assert "eager\n" in baseline

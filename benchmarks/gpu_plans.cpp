@@ -1,0 +1,20 @@
+// The plans of csrc/cuda for the traffic model: the kernels' own arithmetic, without a GPU.
+#include <iterator>
+
+#include "../csrc/cuda/plans.h"
+
+using namespace effnet_fast;
+
+extern "C" int pixel_chunks(int64_t n, int c, int h, int w, int vector, int multiprocessors) {
+  return PixelPlan({n, c, h, w}, vector, multiprocessors).chunks;
+}
+
+// plan: channels, groups, columns, strips, rows, segments, threads, parts
+extern "C" void depthwise_plan(bool backward, int64_t n, int c, int h, int w, int kernel, int stride, int pad, int vector,
+                               int multiprocessors, int* plan) {
+  const Shape s{n, c, h, w};
+  const Window win{kernel, stride, pad, pad, ceil_div(h, stride), ceil_div(w, stride)};
+  const DepthwisePlan p = backward ? backward_plan(s, win, vector, multiprocessors) : forward_plan(s, win, vector, multiprocessors);
+  const int fields[] = {p.channels, p.groups, p.columns, p.strips, p.rows, p.segments, p.threads, p.parts};
+  std::copy(std::begin(fields), std::end(fields), plan);
+}

@@ -1,0 +1,112 @@
+// What the kernels need of CUDA, so that nvcc compiles them for a GPU and g++ for the simulator of the tests.
+#pragma once
+
+#ifdef EFFNET_FAST_SIMULATED
+#include "simulator.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#define EFFNET_FAST_SHARED(name)                                 \
+  extern __shared__ __align__(16) float effnet_fast_shared[]; \
+  float* name = effnet_fast_shared
+#define EFFNET_FAST_LAUNCH(kernel, blocks, threads, shared_bytes, stream, ...) \
+  kernel<<<(unsigned)(blocks), threads, shared_bytes, stream>>>(__VA_ARGS__)
+#endif
+
+#include <cstdint>
+#include <cstring>
+
+namespace effnet_fast {
+
+__device__ __forceinline__ float to_float(float v) { return v; }
+__device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+__device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
+
+template <class T>
+__device__ __forceinline__ T from_float(float v);
+template <>
+__device__ __forceinline__ float from_float(float v) { return v; }
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float(float v) { return __float2bfloat16_rn(v); }
+template <>
+__device__ __forceinline__ __half from_float(float v) { return __float2half_rn(v); }
+
+// V values that lie together in memory and move in one instruction.
+template <int Bytes>
+struct Word;
+template <>
+struct Word<2> { using type = uint16_t; };
+template <>
+struct Word<4> { using type = uint32_t; };
+template <>
+struct Word<8> { using type = uint2; };
+template <>
+struct Word<16> { using type = uint4; };
+
+template <class T, int V>
+struct Packet {
+  typename Word<V * sizeof(T)>::type word;
+
+  __device__ __forceinline__ static Packet load(const T* from) { return {*reinterpret_cast<const decltype(word)*>(from)}; }
+  __device__ __forceinline__ void store(T* to) const { *reinterpret_cast<decltype(word)*>(to) = word; }
+  __device__ __forceinline__ void unpack(float (&values)[V]) const {
+    T stored[V];
+    memcpy(stored, &word, sizeof(word));
+#pragma unroll
+    for (int i = 0; i < V; ++i) values[i] = to_float(stored[i]);
+  }
+  __device__ __forceinline__ static Packet pack(const float (&values)[V]) {
+    T stored[V];
+#pragma unroll
+    for (int i = 0; i < V; ++i) stored[i] = from_float<T>(values[i]);
+    Packet packet;
+    memcpy(&packet.word, stored, sizeof(packet.word));
+    return packet;
+  }
+};
+
+template <int V>
+__device__ __forceinline__ void load_floats(const float* from, float (&values)[V]) {
+#pragma unroll
+  for (int i = 0; i < V; ++i) values[i] = from[i];
+}
+
+__device__ __forceinline__ float sigmoid(float u) { return __fdividef(1.f, 1.f + __expf(-u)); }
+// The derivative of SiLU at u, from s = sigmoid(u) and z = u * s.
+__device__ __forceinline__ float silu_slope(float s, float z) { return s + z * (1.f - s); }
+
+// Statistics of `count` values: their mean, and the sum of their squared deviations.
+template <class Real>
+struct Moments {
+  Real count, mean, m2;
+
+  // Chan et al. 1983
+  __device__ __forceinline__ void merge(const Moments& other) {
+    if (other.count == 0) return;
+    const Real total = count + other.count, delta = other.mean - mean;
+    mean += delta * (other.count / total);
+    m2 += other.m2 + delta * delta * (count * (other.count / total));
+    count = total;
+  }
+};
+
+// Statistics as values arrive: sums of distances from the first one, so that a large mean does not cancel in the squares.
+struct ShiftedSums {
+  float first = 0, sum = 0, square = 0;
+
+  __device__ __forceinline__ void add(float value, bool is_first) {
+    if (is_first) first = value;
+    const float d = value - first;
+    sum += d;
+    square += d * d;
+  }
+  __device__ __forceinline__ Moments<float> moments(int count) const {
+    if (count == 0) return {0, 0, 0};
+    const float d = sum / count;
+    return {(float)count, first + d, square - sum * d};
+  }
+};
+
+}  // namespace effnet_fast

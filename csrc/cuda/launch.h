@@ -1,0 +1,59 @@
+// The passes on a GPU, on raw pointers. Each is compiled for float, __nv_bfloat16 and __half in a file of its own.
+// Nothing here allocates, synchronizes or reads back: partial results go to `partials`, whose size the functions below
+// give, and every launch goes to the given stream.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+
+#include "operands.h"
+#include "plans.h"
+
+namespace effnet_fast {
+
+struct Launch {
+  cudaStream_t stream;
+  int vector;  // channels a thread moves at once: 16 bytes, or 1
+  int multiprocessors;
+};
+
+inline int64_t channel_stats_partials(const Shape& s, const Launch& on) {
+  return s.n * PixelPlan(s, on.vector, on.multiprocessors).chunks * 3 * s.c;
+}
+// of `sums` sums per image and channel
+inline int64_t pixel_partials(const Shape& s, int sums, const Launch& on) {
+  return (int64_t)PixelPlan(s, on.vector, on.multiprocessors).chunks * sums * s.n * s.c;
+}
+inline int64_t dwconv_stats_partials(const Shape& s, const Window& w, const Launch& on) {
+  return (int64_t)forward_plan(s, w, on.vector, on.multiprocessors).parts * 3 * s.c;
+}
+inline int64_t dwconv_affine_partials(const Shape& s, const Window& w, const Launch& on) {
+  return (int64_t)forward_plan(s, w, on.vector, on.multiprocessors).tiles * s.c;
+}
+inline int64_t backward_dwconv_partials(const Shape& s, const Window& w, const Launch& on) {
+  return (int64_t)backward_plan(s, w, on.vector, on.multiprocessors).parts * (w.kernel * w.kernel + 2) * s.c;
+}
+
+template <class T>
+struct Passes {
+  static void channel_stats(const T* x, float* mean, float* m2, const Shape& s, float* partials, const Launch& on);
+  static void pool(const T* y, const float* scale, const float* shift, bool silu, float* out, const Shape& s,
+                   float* partials, const Launch& on);
+  static void apply(const T* y, const ApplyOperands& op, const T* residual, T* out, const Shape& s, const Launch& on);
+  // out [5, N, C] with SiLU, else [2, N, C]
+  static void backward_sums(const T* grad, const T* y, const Normalization& norm, bool silu, float* out, const Shape& s,
+                            float* partials, const Launch& on);
+  static void backward_apply(const T* grad, const T* y, const OutputGrad& op, T* out, const Shape& s, const Launch& on);
+  static void dwconv_stats(const T* x, const float* weight, const InputAffine& input, T* y, float* mean, float* m2,
+                           const Shape& s, const Window& w, float* partials, const Launch& on);
+  static void dwconv_affine(const T* x, const float* weight, const InputAffine& input, const float* scale,
+                            const float* shift, T* z, float* pooled, const Shape& s, const Window& w, float* partials,
+                            const Launch& on);
+  // y: may be null where op.scale is. sums [2, C].
+  static void backward_dwconv(const T* grad, const T* y, const T* x, const float* weight, const OutputGrad& op,
+                              const Normalization& norm, T* dx, float* dweight, float* sums, const Shape& s, const Window& w,
+                              float* partials, const Launch& on);
+};
+
+}  // namespace effnet_fast

@@ -1,0 +1,3 @@
+#include "launch.cuh"
+
+template struct effnet_fast::Passes<float>;

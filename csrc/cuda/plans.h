@@ -1,0 +1,114 @@
+// How the passes cut their work into blocks: plain numbers that follow from the shape and the number of
+// multiprocessors, for the launchers, the bindings (sizes of partial buffers) and the traffic model.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace effnet_fast {
+
+// An activation that lies channels_last (NHWC) in memory.
+struct Shape {
+  int64_t n;
+  int c, h, w;
+  constexpr int64_t pixels() const { return (int64_t)h * w; }
+};
+
+// Where a depthwise convolution reads: output (oh, ow) covers input rows oh * stride - pad_h + [0, kernel).
+struct Window {
+  int kernel, stride, pad_h, pad_w, out_h, out_w;
+};
+
+template <class Int>
+constexpr Int ceil_div(Int a, Int b) { return (a + b - 1) / b; }
+
+// Passes that touch each element once. A block takes `lanes` vectors of channels and a chunk of an image's pixels,
+// `rows` pixels at a time; a thread stays with its channels, whose operands it keeps in registers.
+struct PixelPlan {
+  static constexpr int kThreads = 256;
+  int vector, lanes, groups, rows, chunks;
+  int64_t chunk, blocks;
+
+  PixelPlan(const Shape& s, int vector, int multiprocessors) : vector(vector) {
+    const int vectors = s.c / vector;
+    groups = ceil_div(vectors, 32);
+    lanes = ceil_div(vectors, groups);
+    rows = kThreads / lanes;
+    // enough blocks for eight on each multiprocessor, but at least four pixels a thread
+    const int64_t wanted = ceil_div<int64_t>(8 * multiprocessors, std::max<int64_t>(1, s.n * groups));
+    chunks = (int)std::max<int64_t>(1, std::min(wanted, s.pixels() / (4 * rows)));
+    chunk = ceil_div<int64_t>(s.pixels(), chunks);
+    chunks = (int)ceil_div(s.pixels(), chunk);
+    blocks = s.n * groups * chunks;
+  }
+};
+
+// Depthwise passes. A block takes `channels` channels and marches down the rows of a tile: a strip of `columns` columns
+// and a segment of `rows` rows of one image. It takes one tile after another and leaves one set of partial sums.
+struct DepthwisePlan {
+  int vector, channels, groups, columns, strips, rows, segments, threads, tiles, parts;
+
+  // columns_per_thread: how many of its columns one thread computes. most_blocks: about as many as run at once, since
+  // each leaves partial sums.
+  DepthwisePlan(int64_t n, int c, int vector, int height, int width, int columns_per_thread, int max_threads,
+                int multiprocessors, int most_blocks)
+      : vector(vector) {
+    const int most = max_threads / 16 * columns_per_thread;
+    strips = ceil_div(width, most);
+    columns = ceil_div(ceil_div(width, strips), columns_per_thread) * columns_per_thread;
+    strips = ceil_div(width, columns);
+    const int column_threads = columns / columns_per_thread;
+    const int lanes = column_threads * 32 <= max_threads ? 32 : 16;
+    channels = ceil_div(ceil_div(c, ceil_div(c, lanes)), vector) * vector;
+    groups = ceil_div(c, channels);
+    threads = ceil_div(column_threads * channels, 32) * 32;
+    // short segments re-read rows, so only where there are too few tiles to go round
+    const int64_t wanted = ceil_div<int64_t>(2 * multiprocessors, std::max<int64_t>(1, n * strips * groups));
+    segments = (int)std::min<int64_t>(wanted, ceil_div(height, 8));
+    rows = ceil_div(height, segments);
+    segments = ceil_div(height, rows);
+    tiles = (int)(n * strips * segments);
+    parts = std::min(tiles, std::max(1, most_blocks / groups));
+  }
+};
+
+constexpr int kForwardColumns = 2;  // columns of a thread in the forward pass
+constexpr int forward_threads(int kernel) { return kernel == 7 ? 256 : 448; }  // 448: 28 columns of 16 channels
+// Fewer where a thread needs more than the 128 registers that 448 leave it.
+constexpr int backward_threads(int kernel, int stride) {
+  return kernel == 7 ? 256 : kernel == 5 && stride == 2 ? 384 : 448;
+}
+
+// Marches over output rows and columns.
+inline DepthwisePlan forward_plan(const Shape& s, const Window& w, int vector, int multiprocessors) {
+  return {s.n,
+          s.c,
+          vector,
+          w.out_h,
+          w.out_w,
+          kForwardColumns,
+          forward_threads(w.kernel),
+          multiprocessors,
+          4 * multiprocessors};
+}
+
+// The backward pass marches over positions: position m covers the input rows (or columns) m * stride - pad + [0, stride).
+constexpr int first_position(int pad, int stride) { return pad / stride; }
+constexpr int positions(int size, int pad, int stride) { return (size - 1 + pad) / stride - pad / stride + 1; }
+
+// Beyond 3x3 arithmetic is the bound, and loads of more than four channels would take registers that the windows need.
+constexpr int backward_vector(int kernel, int vector) { return kernel == 3 ? vector : vector < 4 ? vector : 4; }
+
+inline DepthwisePlan backward_plan(const Shape& s, const Window& w, int vector, int multiprocessors) {
+  return {s.n,
+          s.c,
+          backward_vector(w.kernel, vector),
+          positions(s.h, w.pad_h, w.stride),
+          positions(s.w, w.pad_w, w.stride),
+          1,
+          backward_threads(w.kernel, w.stride),
+          multiprocessors,
+          2 * multiprocessors};
+}
+
+}  // namespace effnet_fast

@@ -1,0 +1,26 @@
+// The simulated passes in torch's dispatcher, for CPU tensors, behind the very bindings of the CUDA ones.
+#include "../../csrc/bindings/cuda_passes.h"
+#include "simulator.h"
+
+static int multiprocessors = 1;
+
+namespace effnet_fast {
+
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(const Tensor&) {}
+};
+
+void check_device(const Tensor& t, const char* name) { STD_TORCH_CHECK(t.is_cpu(), name, ": must be on the CPU"); }
+Launch launch_on(const Tensor&) { return {nullptr, 1, multiprocessors}; }
+void check_launch(const char*) {}
+
+}  // namespace effnet_fast
+
+STABLE_TORCH_LIBRARY_IMPL(effnet_fast_simulated, CPU, m) { EFFNET_FAST_REGISTER_PASSES(m); }
+
+extern "C" void simulate(int order, int of_multiprocessors) {
+  simulator::order = (simulator::Order)order;
+  multiprocessors = of_multiprocessors;
+}
+extern "C" void skip_barrier(const char* file, int line) { simulator::skip_barrier(file, line); }

@@ -1,0 +1,93 @@
+"""The CUDA passes, simulated, against the reference in float64."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from effnet_fast.passes import reference
+from effnet_fast.passes.schema import PASSES
+from tests.cuda_sim.conftest import FORWARD, ORDERS, RANDOM, REVERSE, Simulate
+from tests.passes.samples import CONVOLUTIONS, SHAPES, Call, depthwise_calls, elementwise_calls
+
+# Relative to the largest value of an output. float32: some hundred roundings of 6e-8. 16 bit: the storage's rounding of
+# an activation (2^-9 and 2^-12 of it), and sums of few such values.
+TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
+DTYPES = tuple(TOLERANCE)
+
+# Beside the other backends' shapes: channels that no vector divides, more than one group of channels, a strip's end
+MORE_SHAPES = ((2, 13, 6, 5), (1, 1, 9, 9), (2, 100, 4, 6), (1, 264, 3, 3), (1, 8, 4, 75))
+
+
+def tensors(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else result
+
+
+def check(passes: SimpleNamespace, call: Call, dtype: torch.dtype) -> None:
+    actual = tensors(getattr(passes, call.name)(*call.args))
+    expected = tensors(getattr(reference, call.name)(*call.to_float64()))
+    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        stored = a.dim() == 4 and not (call.name == "backward_dwconv" and i == 1)
+        assert a.shape == e.shape
+        assert a.dtype == (dtype if stored else torch.float32)
+        assert not stored or a.is_contiguous(memory_format=torch.channels_last) or a.numel() == 0
+        assert a.isfinite().all(), f"{call.name}[{i}]: not written, or computed from what was not"
+        limit = TOLERANCE[dtype] * max(1.0, e.abs().max().item() if e.numel() else 0.0)
+        torch.testing.assert_close(a.double(), e, rtol=0, atol=limit, msg=lambda m, i=i: f"{call.name}[{i}]: {m}")
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES + MORE_SHAPES, ids=str)
+def test_pointwise_passes(passes: SimpleNamespace, simulate: Simulate, shape, dtype: torch.dtype, order: int) -> None:
+    simulate(order, 1)
+    for call in elementwise_calls(shape, dtype):
+        check(passes, call, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("kernel", "stride", "same"), CONVOLUTIONS)
+@pytest.mark.parametrize("shape", SHAPES + MORE_SHAPES, ids=str)
+def test_depthwise_passes(
+    passes: SimpleNamespace, simulate: Simulate, shape, kernel: int, stride: int, same: bool, dtype: torch.dtype
+) -> None:
+    # three orders in turn; all of them for the smallest storage and every kernel below
+    simulate(ORDERS[(sum(shape) + kernel + stride + same) % 3], 1)
+    for call in depthwise_calls(shape, dtype, kernel, stride, same):
+        check(passes, call, dtype)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(("kernel", "stride", "same"), CONVOLUTIONS)
+@pytest.mark.parametrize("multiprocessors", [1, 3, 132])
+def test_however_the_work_is_cut(
+    passes: SimpleNamespace, simulate: Simulate, multiprocessors: int, kernel: int, stride: int, same: bool, order: int
+) -> None:
+    """From few blocks that take many tiles each to images in chunks and segments."""
+    simulate(order, multiprocessors)
+    shape = (3, 40, 19, 7)
+    for call in [
+        *elementwise_calls(shape, torch.float32),
+        *depthwise_calls(shape, torch.float32, kernel, stride, same),
+    ]:
+        check(passes, call, torch.float32)
+
+
+def test_every_pass_is_sampled() -> None:
+    calls = [
+        *elementwise_calls((1, 8, 3, 3), torch.float32),
+        *depthwise_calls((1, 8, 3, 3), torch.float32, 3, 1, False),
+    ]
+    assert {call.name for call in calls} >= set(PASSES)
+
+
+@pytest.mark.parametrize("order", [REVERSE, RANDOM])
+def test_results_do_not_depend_on_the_order_of_threads(passes: SimpleNamespace, simulate: Simulate, order: int) -> None:
+    shape = (2, 24, 9, 6)
+    for call in [*elementwise_calls(shape, torch.bfloat16), *depthwise_calls(shape, torch.bfloat16, 5, 2, False)]:
+        results = []
+        for turns in (FORWARD, order):
+            simulate(turns, 2)
+            results.append(tensors(getattr(passes, call.name)(*call.args)))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

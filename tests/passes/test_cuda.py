@@ -1,0 +1,98 @@
+"""The CUDA passes on a GPU, against the reference in float64 on the CPU; tests/cuda_sim runs them without one."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from effnet_fast import create_model
+from effnet_fast.passes import reference
+from effnet_fast.passes.backend import passes_for, use_backend
+from tests.passes.samples import CONVOLUTIONS, SHAPES, Call, depthwise_calls, elementwise_calls
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+# Relative to the largest value of an output. float32: some hundred roundings of 6e-8, and the device's exponential.
+# 16 bit: the storage's rounding of an activation, and sums of few such values.
+TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
+DTYPES = tuple(TOLERANCE)
+ODD_CHANNELS = ((2, 13, 6, 5), (2, 100, 4, 6))
+
+
+def on_gpu(value: object) -> object:
+    return value.cuda() if isinstance(value, Tensor) else value
+
+
+def check(call: Call, dtype: torch.dtype) -> None:
+    with use_backend("cuda"):
+        passes = passes_for(call.args[0].cuda())
+    actual = getattr(passes, call.name)(*map(on_gpu, call.args))
+    expected = getattr(reference, call.name)(*call.to_float64())
+    if isinstance(actual, Tensor):
+        actual, expected = (actual,), (expected,)
+    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        limit = TOLERANCE[dtype] * max(1.0, e.abs().max().item() if e.numel() else 0.0)
+        torch.testing.assert_close(a.double().cpu(), e, rtol=0, atol=limit, msg=lambda m, i=i: f"{call.name}[{i}]: {m}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES + ODD_CHANNELS, ids=str)
+def test_pointwise_passes(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    for call in elementwise_calls(shape, dtype):
+        check(call, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("kernel", "stride", "same"), CONVOLUTIONS)
+@pytest.mark.parametrize("shape", SHAPES + ODD_CHANNELS, ids=str)
+def test_depthwise_passes(shape, kernel: int, stride: int, same: bool, dtype: torch.dtype) -> None:
+    for call in depthwise_calls(shape, dtype, kernel, stride, same):
+        check(call, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_small(dtype: torch.dtype) -> None:
+    """Few enough blocks for compute-sanitizer, every kernel."""
+    for shape in ((1, 16, 5, 6), (2, 5, 4, 3)):
+        for call in elementwise_calls(shape, dtype):
+            check(call, dtype)
+        for kernel, stride, same in CONVOLUTIONS:
+            for call in depthwise_calls(shape, dtype, kernel, stride, same):
+                check(call, dtype)
+
+
+def test_a_run_repeats_bit_for_bit() -> None:
+    for call in depthwise_calls((8, 96, 28, 28), torch.bfloat16, 5, 1, False):
+        passes = passes_for(call.args[0].cuda())
+        first, again = (getattr(passes, call.name)(*map(on_gpu, call.args)) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_a_training_step_is_captured_in_a_graph() -> None:
+    torch.manual_seed(0)
+    model = create_model("b0", drop_rate=0, drop_path_rate=0).cuda().to(memory_format=torch.channels_last).train()
+    plain = copy.deepcopy(model)
+    images = torch.randn(4, 3, 64, 64, device="cuda").contiguous(memory_format=torch.channels_last)
+    labels = torch.arange(4, device="cuda")
+
+    def step(net: nn.Module) -> None:
+        nn.functional.cross_entropy(net(images), labels).backward()
+
+    state = copy.deepcopy(model.state_dict())
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with use_backend("cuda"):
+        with torch.cuda.stream(stream):  # cuBLAS and the allocator want to be warm
+            step(model)
+        torch.cuda.current_stream().wait_stream(stream)
+        model.zero_grad()
+        model.load_state_dict(state)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step(model)
+        graph.replay()
+        step(plain)
+    torch.cuda.synchronize()
+    for (name, captured), direct in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(captured.grad, direct.grad, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
