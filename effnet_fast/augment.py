@@ -5,6 +5,7 @@ before it and however many workers there are, and the caller's generators are le
 """
 
 import hashlib
+import signal
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from effnet_fast.data import DataError, Split, TensorSplit, resize_square, source_side
+from effnet_fast.signals import SIGNALS
 
 AUGMENTS = ("reference", "fast")
 
@@ -214,7 +216,14 @@ class Loader:
         if not 0 <= start <= len(self):
             raise ValueError(f"start: {start}, must be from 0 to {len(self)}")
         self._schedule.jobs = self._jobs(epoch)[start:]
-        return self._iterate(self._schedule.jobs, iter(self._batches))
+        # A terminal or a supervisor signals all processes, but the one that trains decides when its workers end: those
+        # that are started here are deaf to it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            batches = iter(self._batches)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return self._iterate(self._schedule.jobs, batches)
 
     def _jobs(self, epoch: int) -> list[_Job]:
         if self._seed is None:

@@ -102,7 +102,9 @@ def _report(run_path: Path, checkpoint: str, data_dir: str | None, device_name: 
         model.load_state_dict(state[weights])
         with use_backend(config["backend"]):
             results[weights] = evaluate(model, loader.epoch(0), classes, device, config["amp"])
-    print(f"{run_path}: {checkpoint} checkpoint, epoch {state['epoch']}, {len(val)} images of {config['dataset']}")
+    print(
+        f"{run_path}: {checkpoint} checkpoint after {state['epoch']} epochs, {len(val)} images of {config['dataset']}"
+    )
     print(f"{'':20} {'images':>7} {'weights':>9} {'EMA':>9}")
     columns = [results["model"], results["ema"]]
     rows = [("loss", [r.loss for r in columns]), ("top-1 %", [r.top1 for r in columns])]

@@ -1,62 +1,36 @@
 """Train a variant: ``python -m effnet_fast.train --variant compound`` is the study's run on CIFAR-10."""
 
 import os
+import random
 import resource
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
-from torch.optim.swa_utils import AveragedModel
 from torch.utils import deterministic
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from effnet_fast.amp import AMP_DTYPES, autocast
+from effnet_fast.amp import AMP_DTYPES
 from effnet_fast.augment import AUGMENTS, Loader, train_loader, val_loader
 from effnet_fast.cli import ArgumentParser, at_least
+from effnet_fast.config import Config, fixed_difference, stored_options
 from effnet_fast.data import DATASETS, load_dataset
 from effnet_fast.evaluate import evaluate
 from effnet_fast.memory import keep_freed_memory
-from effnet_fast.model import create_model
 from effnet_fast.passes.backend import BACKENDS, current, use_backend
 from effnet_fast.plots import plot_curves
-from effnet_fast.recipe import default_lr, lr_factor, make_ema, make_loss, make_optimizer
-from effnet_fast.run_folder import RunFolder
-from effnet_fast.scaling import BASE_RESOLUTION, FAMILIES, VARIANTS, get_family, get_variant
+from effnet_fast.recipe import default_lr
+from effnet_fast.run_folder import RunError, RunFolder, read_checkpoint
+from effnet_fast.scaling import BASE_RESOLUTION, FAMILIES, VARIANTS
+from effnet_fast.signals import Stopped, StopSignals
 from effnet_fast.summary import count_macs
-
-
-@dataclass(frozen=True)
-class Config:
-    """Everything that decides a run's result; config.json holds it, with what follows from it."""
-
-    variant: str
-    family: str
-    dataset: str
-    data_dir: str | None
-    verify: bool
-    resolution: int
-    epochs: int
-    batch_size: int
-    lr: float
-    augment: str
-    amp: str
-    seed: int
-    limit_train: int | None
-    limit_val: int | None
-    num_workers: int
-    device: str
-    backend: str
-
-    @property
-    def input_size(self) -> int:
-        """Height and width of the network's input in pixels."""
-        return get_family(self.family).input_size(get_variant(self.variant, self.family).scaling, self.resolution)
+from effnet_fast.trainer import Trainer
 
 
 def _parser() -> ArgumentParser:
@@ -84,6 +58,21 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--amp", choices=AMP_DTYPES, help="mixed precision; default: fp16 on CUDA, else off")
     parser.add_argument("--seed", type=at_least(0), default=0, help="default: 0")
     parser.add_argument("--output", type=Path, help="run folder; default: runs/VARIANT-DATASET-TIME")
+    parser.add_argument(
+        "--resume",
+        metavar="auto|CHECKPOINT",
+        help="go on with the run in --output from its newest good checkpoint (auto; a new run if there is none), "
+        "or from the checkpoint named; the run's own options are the defaults then",
+    )
+    parser.add_argument(
+        "--checkpoint-minutes",
+        type=at_least(0.0),
+        default=15.0,
+        help="write a checkpoint when the last is so old, besides after each epoch; default: 15",
+    )
+    parser.add_argument(
+        "--keep-checkpoints", type=at_least(1), default=2, help="of the latest, besides the best; default: 2"
+    )
     parser.add_argument("--limit-train", type=at_least(1), help="train on so many images only")
     parser.add_argument("--limit-val", type=at_least(1), help="validate on so many images only")
     parser.add_argument("--num-workers", type=at_least(0), default=2, help="processes that augment; default: 2")
@@ -95,24 +84,82 @@ def _parser() -> ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     keep_freed_memory()
     parser = _parser()
-    args = vars(parser.parse_args(argv))
-    output = args.pop("output")
     try:
-        device = _device(args["device"])
-        args["device"] = str(device)
-        if args["amp"] is None:
-            args["amp"] = "fp16" if device.type == "cuda" else "off"
-        if args["backend"] is None:
-            args["backend"] = current()
-        if args["lr"] is None:
-            args["lr"] = default_lr(args["batch_size"])
-        config = Config(**args)
+        config, output, resume, state = _plan(parser, argv)
+        with use_backend(config.backend):
+            train(config, output, resume=resume, state=state)
+        return
+    except Stopped as stopped:
+        status, message = stopped.status, f"{stopped}; go on with --resume auto --output {output}"
+    except (ValueError, OSError) as error:
+        status, message = 2, f"error: {error}"
+    # Only now, without the exception and the frames that it refers to: they hold the loaders, whose workers have to end
+    # before this process does.
+    parser.exit(status, f"{parser.prog}: {' '.join(message.split())}\n")
+
+
+def _plan(parser: ArgumentParser, argv: list[str] | None) -> tuple[Config, Path, bool, dict[str, Any] | None]:
+    """What to train and where, whether a run is there already, and the state that it goes on from."""
+    args = vars(parser.parse_args(argv))
+    output, resume = args.pop("output"), args.pop("resume")
+    if resume is None or (resume == "auto" and output is not None and not RunFolder(output).has_run()):
+        config = _config(args)
         if output is None:
             output = Path("runs") / f"{config.variant}-{config.dataset}-{datetime.now():%Y%m%d-%H%M%S}"
-        with use_backend(config.backend):
-            train(config, output)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+        return config, output, False, None
+    if resume == "auto":
+        if output is None:
+            raise ValueError("--resume auto: needs --output, the folder of the run")
+        stored = stored_options(RunFolder(output).config())
+        state = _newest_state(RunFolder(output), stored)
+    else:
+        path = Path(resume)
+        if output not in (None, path.parent):
+            raise ValueError(f"--output: got {output}, a run goes on in the checkpoint's folder, {path.parent}")
+        output = path.parent
+        state = read_checkpoint(path)
+        stored = stored_options(state.get("config"))
+    # The run's own options are the defaults now.
+    parser.set_defaults(**stored)
+    args = vars(parser.parse_args(argv))
+    del args["output"], args["resume"]
+    config = _config(args)
+    difference = fixed_difference(stored, asdict(config))
+    if difference is not None:
+        name = difference.replace("_", "-")
+        raise ValueError(f"--{name}: got {args[difference]}, the run in {output} has {stored.get(difference)}")
+    return config, output, True, state
+
+
+def _newest_state(run: RunFolder, stored: dict[str, Any]) -> dict[str, Any] | None:
+    """Of the newest good checkpoint; None if the run was ended before it had one.
+
+    Raises RunError if there are checkpoints but no good one.
+    """
+    path = None
+    for path in run.checkpoints():
+        try:
+            state = read_checkpoint(path)
+            if fixed_difference(stored, stored_options(state.get("config"))) is not None:
+                raise RunError(f"{path}: not a checkpoint of this run")
+            return state
+        except ValueError as error:
+            print(f"{error}; left out", file=sys.stderr)
+    if path is not None:
+        raise RunError(f"{run.path}: no checkpoint in it is good; delete them to train from the beginning")
+    return None
+
+
+def _config(args: dict[str, Any]) -> Config:
+    device = _device(args["device"])
+    args["device"] = str(device)
+    if args["amp"] is None:
+        args["amp"] = "fp16" if device.type == "cuda" else "off"
+    if args["backend"] is None:
+        args["backend"] = current()
+    if args["lr"] is None:
+        args["lr"] = default_lr(args["batch_size"])
+    return Config(**args)
 
 
 def _device(name: str | None) -> torch.device:
@@ -124,13 +171,14 @@ def _device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def train(config: Config, output: Path) -> None:
-    """Train from scratch and write the run folder (see the README).
+def train(config: Config, output: Path, *, resume: bool = False, state: dict[str, Any] | None = None) -> None:
+    """Train and write the run folder (see the README).
 
-    Raises DataError, RunError or ValueError, whose message is one line, before anything is written.
+    resume: go on with the run that is in `output`, from `state` (of a checkpoint) or from its beginning.
+
+    Raises DataError, RunError or ValueError, whose message is one line, and Stopped after SIGTERM and SIGINT.
     """
     _make_deterministic(config.seed)
-    device = torch.device(config.device)
     data = load_dataset(config.dataset, config.data_dir, verify=config.verify)
     train_split = data.train if config.limit_train is None else data.train.first(config.limit_train)
     val_split = data.val if config.limit_val is None else data.val.first(config.limit_val)
@@ -139,109 +187,114 @@ def train(config: Config, output: Path) -> None:
         "size": config.input_size,
         "batch_size": config.batch_size,
         "num_workers": config.num_workers,
-        "device": device,
+        "device": torch.device(config.device),
     }
     batches = train_loader(train_split, seed=config.seed, **shared)
     val_batches = val_loader(val_split, **shared)
-    classes = len(data.classes)
 
-    model = create_model(config.variant, classes, family=config.family)
-    parameters = sum(p.numel() for p in model.parameters())
-    macs = count_macs(model, config.input_size)
-    model.to(device).to(memory_format=torch.channels_last)
-    ema = make_ema(model)
-    optimizer = make_optimizer(model.parameters(), config.lr)
-    scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
-    run = RunFolder.create(output, asdict(config) | {"input_size": config.input_size, "classes": data.classes})
+    trainer = Trainer(config, len(data.classes))
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    macs = count_macs(trainer.model, config.input_size)
+    if state is not None:
+        trainer.load_state_dict(state)
+    stored = asdict(config) | {"input_size": config.input_size, "classes": data.classes}
+    if resume:
+        run = RunFolder(output)
+        run.reopen(stored, trainer.epoch)
+    else:
+        run = RunFolder.create(output, stored)
     print(
         f"Training {config.variant} ({config.family} family) on {config.dataset}: {parameters:,} parameters, "
-        f"{macs / 1e6:,.1f} M MACs at {config.input_size} px, {classes} classes; {len(train_split):,} images, "
-        f"{config.epochs} x {len(batches)} steps of {config.batch_size}; {device}, amp {config.amp}, "
+        f"{macs / 1e6:,.1f} M MACs at {config.input_size} px, {len(data.classes)} classes; "
+        f"{len(train_split):,} images, "
+        f"{config.epochs} x {len(batches)} steps of {config.batch_size}; {config.device}, amp {config.amp}, "
         f"backend {config.backend}; {output}",
         flush=True,
     )
-
-    best = -1.0
-    start = time.perf_counter()
-    with SummaryWriter(output / "tensorboard") as board:
-        for epoch in range(config.epochs):
-            epoch_start = time.perf_counter()
-            lr = config.lr * lr_factor(epoch)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            loss, images_per_second = _train_epoch(model, ema, optimizer, scaler, batches, epoch, config, start)
-            raw = evaluate(model, val_batches.epoch(0), classes, device, config.amp)
-            averaged = evaluate(ema.module, val_batches.epoch(0), classes, device, config.amp)
-            metrics = {
-                "epoch": epoch,
-                "lr": lr,
-                "train_loss": loss,
-                "val_loss": raw.loss,
-                "val_top1": raw.top1,
-                "val_top5": raw.top5,
-                "ema_top1": averaged.top1,
-                "images_per_second": images_per_second,
-                "seconds": time.perf_counter() - epoch_start,
-                "peak_memory_bytes": _peak_memory(device),
-            }
-            run.append_metrics(metrics)
-            for name in ("val_loss", "val_top1", "val_top5", "ema_top1", "lr"):
-                board.add_scalar(name, metrics[name], epoch)
-            score = max(raw.top1, averaged.top1)
-            run.save_checkpoint(
-                {
+    if resume:
+        print(f"Going on after {trainer.epoch} epochs and {trainer.step} steps", flush=True)
+    checkpoints = _Checkpoints(run, trainer)
+    start, first = time.perf_counter(), trainer.epoch + trainer.step / len(batches)
+    with SummaryWriter(output / "tensorboard", purge_step=trainer.epoch) as board, StopSignals() as signals:
+        try:
+            while trainer.epoch < config.epochs:
+                epoch_start, epoch, lr = time.perf_counter(), trainer.epoch, trainer.lr
+                images_per_second = _train_epoch(trainer, batches, checkpoints, signals, start, first)
+                raw, averaged = (
+                    evaluate(
+                        model, signals.between(val_batches.epoch(0)), len(data.classes), trainer.device, config.amp
+                    )
+                    for model in (trainer.model, trainer.ema.module)
+                )
+                metrics = {
                     "epoch": epoch,
-                    "model": model.state_dict(),
-                    "ema": ema.module.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                },
-                best=score > best,
-            )
-            best = max(best, score)
-            plot_curves(run.metrics(), f"{config.variant} on {config.dataset}", output / "curves.png")
-            tqdm.write(
-                f"epoch {epoch + 1}/{config.epochs}: loss {loss:.3f}, top-1 {raw.top1:.2f} %, "
-                f"EMA {averaged.top1:.2f} %, {metrics['images_per_second']:.0f} images/s, {metrics['seconds']:.0f} s"
-            )
-    print(f"Best top-1 {best:.2f} %, {timedelta(seconds=round(time.perf_counter() - start))}; {output}")
+                    "lr": lr,
+                    "train_loss": trainer.mean_loss,
+                    "val_loss": raw.loss,
+                    "val_top1": raw.top1,
+                    "val_top5": raw.top5,
+                    "ema_top1": averaged.top1,
+                    "images_per_second": images_per_second,
+                    "seconds": time.perf_counter() - epoch_start,
+                    "peak_memory_bytes": _peak_memory(trainer.device),
+                }
+                run.append_metrics(metrics)
+                for name in ("val_loss", "val_top1", "val_top5", "ema_top1", "lr"):
+                    board.add_scalar(name, metrics[name], epoch)
+                improved = trainer.finish_epoch(max(raw.top1, averaged.top1))
+                checkpoints.save(best=improved)
+                plot_curves(run.metrics(), f"{config.variant} on {config.dataset}", output / "curves.png")
+                tqdm.write(
+                    f"epoch {trainer.epoch}/{config.epochs}: loss {metrics['train_loss']:.3f}, top-1 {raw.top1:.2f} %, "
+                    f"EMA {averaged.top1:.2f} %, {images_per_second:.0f} images/s, {metrics['seconds']:.0f} s"
+                )
+        except Stopped:
+            checkpoints.save()
+            raise
+    print(f"Best top-1 {trainer.best:.2f} %, {timedelta(seconds=round(time.perf_counter() - start))}; {output}")
+
+
+class _Checkpoints:
+    """Writes a run's checkpoints, and knows when the next one is due."""
+
+    def __init__(self, run: RunFolder, trainer: Trainer) -> None:
+        self.run = run
+        self.trainer = trainer
+        self._written = time.monotonic()
+
+    def save(self, *, best: bool = False) -> None:
+        keep = self.trainer.config.keep_checkpoints
+        self.run.save_checkpoint(self.trainer.state_dict(), best=best, keep=keep)
+        self._written = time.monotonic()
+
+    def save_if_due(self) -> None:
+        if time.monotonic() - self._written >= 60 * self.trainer.config.checkpoint_minutes:
+            self.save()
 
 
 def _train_epoch(
-    model: nn.Module,
-    ema: AveragedModel,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    batches: Loader,
-    epoch: int,
-    config: Config,
-    run_start: float,
-) -> tuple[float, float]:
-    """One pass over the training data. Returns the mean loss and the images per second."""
-    device = torch.device(config.device)
-    criterion = make_loss()
-    model.train()
-    total_loss = torch.zeros((), device=device)
-    images_seen = 0
-    start = time.perf_counter()
-    description = f"epoch {epoch + 1}/{config.epochs}"
-    with tqdm(total=len(batches), desc=description, unit="step", leave=False, dynamic_ncols=True) as bar:
-        for images, labels in batches.epoch(epoch):
-            with autocast(device, config.amp):
-                loss = criterion(model(images), labels)
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            ema.update_parameters(model)
-            total_loss += loss.detach() * len(images)
-            images_seen += len(images)
-            done = (epoch + (bar.n + 1) / len(batches)) / config.epochs
+    trainer: Trainer, batches: Loader, checkpoints: _Checkpoints, signals: StopSignals, run_start: float, first: float
+) -> float:
+    """What is left of the epoch at hand. Returns the images per second.
+
+    run_start, first: when this command started to train, and the epochs (with a fraction) that were done then.
+    """
+    start, images_before = time.perf_counter(), trainer.images
+    description = f"epoch {trainer.epoch + 1}/{trainer.config.epochs}"
+    total = len(batches)
+    with tqdm(total=total, initial=trainer.step, desc=description, unit="step", leave=False, dynamic_ncols=True) as bar:
+        for images, labels in batches.epoch(trainer.epoch, trainer.step):
+            trainer.train_step(images, labels)
+            done = trainer.epoch + trainer.step / total
             now = time.perf_counter()
-            left = timedelta(seconds=round((now - run_start) * (1 - done) / done))
-            bar.set_postfix_str(f"{images_seen / (now - start):.0f} images/s, run ends in {left}", refresh=False)
+            left = timedelta(seconds=round((now - run_start) * (trainer.config.epochs - done) / (done - first)))
+            rate = (trainer.images - images_before) / (now - start)
+            bar.set_postfix_str(f"{rate:.0f} images/s, run ends in {left}", refresh=False)
             bar.update()
-    mean_loss = total_loss.item() / images_seen  # waits for the device, so the clock is read after it
-    return mean_loss, images_seen / (time.perf_counter() - start)
+            checkpoints.save_if_due()
+            signals.check()
+    _ = trainer.mean_loss  # waits for the device, so that the clock is read after it
+    return (trainer.images - images_before) / (time.perf_counter() - start)
 
 
 def _make_deterministic(seed: int) -> None:
@@ -251,6 +304,9 @@ def _make_deterministic(seed: int) -> None:
     # A debugging aid that deterministic algorithms bring along, at the cost of a pass over every new tensor.
     deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.manual_seed(seed)
+    # Nothing here draws from these two, but a checkpoint holds their state.
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -1,0 +1,132 @@
+"""The state of a training run: what one step changes, and what a checkpoint holds."""
+
+import random
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from effnet_fast import __version__
+from effnet_fast.amp import autocast
+from effnet_fast.config import Config
+from effnet_fast.model import create_model
+from effnet_fast.recipe import lr_factor, make_ema, make_loss, make_optimizer
+
+
+class Trainer:
+    """A run's model, moving average, optimizer and scaler, and how far it has come.
+
+    Attributes:
+        epoch: epochs that are finished and evaluated.
+        step: batches of the next epoch that are done.
+        images: examples in them.
+        best: the best top-1 so far, in percent.
+    """
+
+    def __init__(self, config: Config, classes: int) -> None:
+        self.config = config
+        self.device = torch.device(config.device)
+        self.model = create_model(config.variant, classes, family=config.family)
+        self.model.to(self.device).to(memory_format=torch.channels_last)
+        self.ema = make_ema(self.model)
+        self.optimizer = make_optimizer(self.model.parameters(), config.lr)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
+        self.criterion = make_loss()
+        self.best = -1.0
+        self.epoch = -1
+        self._start_epoch()
+
+    def _start_epoch(self) -> None:
+        self.epoch += 1
+        self.step = 0
+        self.images = 0
+        self._loss_sum = torch.zeros((), device=self.device)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the epoch at hand."""
+        return self.config.lr * lr_factor(self.epoch)
+
+    @property
+    def mean_loss(self) -> float:
+        """Over the images of the epoch at hand. Waits for the device."""
+        return self._loss_sum.item() / self.images
+
+    def train_step(self, images: Tensor, labels: Tensor) -> None:
+        """One update of the weights and of their moving average."""
+        self.model.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+        with autocast(self.device, self.config.amp):
+            loss = self.criterion(self.model(images), labels)
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.ema.update_parameters(self.model)
+        self._loss_sum += loss.detach() * len(images)
+        self.images += len(images)
+        self.step += 1
+
+    def finish_epoch(self, score: float) -> bool:
+        """Count the epoch as done. Returns whether its top-1 is the best so far."""
+        improved = score > self.best
+        self.best = max(self.best, score)
+        self._start_epoch()
+        return improved
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the rest of the run depends on. The schedule is a function of config and epoch."""
+        return {
+            "version": __version__,
+            "config": asdict(self.config),
+            "epoch": self.epoch,
+            "step": self.step,
+            "images": self.images,
+            "loss_sum": self._loss_sum.cpu(),
+            "best": self.best,
+            "model": self.model.state_dict(),
+            "ema": self.ema.module.state_dict(),
+            "ema_updates": int(self.ema.n_averaged),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "rng": _rng_state(self.device),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to where a state was taken. Raises ValueError if it is not one of such a run."""
+        try:
+            self.model.load_state_dict(state["model"])
+            self.ema.module.load_state_dict(state["ema"])
+            self.ema.n_averaged.fill_(state["ema_updates"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.epoch, self.step, self.images = state["epoch"], state["step"], state["images"]
+            self._loss_sum = state["loss_sum"].to(self.device)
+            self.best = state["best"]
+            _set_rng_state(state["rng"], self.device)
+        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError):
+            raise ValueError("checkpoint: does not fit the run's configuration") from None
+
+
+def _rng_state(device: torch.device) -> dict[str, Any]:
+    """Of every generator that this process may draw from, in types that torch.load reads without executing."""
+    name, keys, *rest = np.random.get_state(legacy=True)
+    assert isinstance(keys, np.ndarray)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "numpy": (name, keys.tolist(), *rest),
+        "python": random.getstate(),
+    }
+
+
+def _set_rng_state(state: dict[str, Any], device: torch.device) -> None:
+    torch.set_rng_state(state["torch"])
+    # A run may go on on another kind of device.
+    if state["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+    np.random.set_state(state["numpy"])
+    random.setstate(state["python"])
