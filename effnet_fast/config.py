@@ -30,6 +30,8 @@ class Config:
     num_workers: int
     device: str
     backend: str
+    clip_grad: float | None
+    max_bad_steps: int
     checkpoint_minutes: float
     keep_checkpoints: int
 

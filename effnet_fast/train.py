@@ -64,6 +64,14 @@ def _parser() -> ArgumentParser:
         help="go on with the run in --output from its newest good checkpoint (auto; a new run if there is none), "
         "or from the checkpoint named; the run's own options are the defaults then",
     )
+    parser.add_argument("--clip-grad", type=at_least(0.0), help="scale gradients down to this norm; default: off")
+    parser.add_argument(
+        "--max-bad-steps",
+        type=at_least(1),
+        default=10,
+        help="stop after so many steps in a row whose loss or gradient was not finite; such steps are skipped; "
+        "default: 10",
+    )
     parser.add_argument(
         "--checkpoint-minutes",
         type=at_least(0.0),

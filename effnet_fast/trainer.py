@@ -1,16 +1,18 @@
 """The state of a training run: what one step changes, and what a checkpoint holds."""
 
+import math
 import random
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from effnet_fast import __version__
 from effnet_fast.amp import autocast
 from effnet_fast.config import Config
+from effnet_fast.divergence import Diverged, first_not_finite
 from effnet_fast.model import create_model
 from effnet_fast.recipe import lr_factor, make_ema, make_loss, make_optimizer
 
@@ -23,6 +25,7 @@ class Trainer:
         step: batches of the next epoch that are done.
         images: examples in them.
         best: the best top-1 so far, in percent.
+        bad_steps: how many steps in a row, up to now, were skipped because loss or gradient were not finite.
     """
 
     def __init__(self, config: Config, classes: int) -> None:
@@ -34,7 +37,10 @@ class Trainer:
         self.optimizer = make_optimizer(self.model.parameters(), config.lr)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         self.criterion = make_loss()
+        self._buffers = list(self.model.buffers())
+        self._buffers_before = [torch.empty_like(buffer) for buffer in self._buffers]
         self.best = -1.0
+        self.bad_steps = 0
         self.epoch = -1
         self._start_epoch()
 
@@ -51,24 +57,49 @@ class Trainer:
 
     @property
     def mean_loss(self) -> float:
-        """Over the images of the epoch at hand. Waits for the device."""
-        return self._loss_sum.item() / self.images
+        """Over the images of the epoch at hand that were learned from. Waits for the device."""
+        return self._loss_sum.item() / self.images if self.images else math.nan
 
     def train_step(self, images: Tensor, labels: Tensor) -> None:
-        """One update of the weights and of their moving average."""
+        """One update of the weights and of their moving average; none if loss or gradient are not finite.
+
+        Raises Diverged after `max_bad_steps` of the latter in a row. No such step leaves a trace in model or average.
+        """
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
+        torch._foreach_copy_(self._buffers_before, self._buffers)
         with autocast(self.device, self.config.amp):
             loss = self.criterion(self.model(images), labels)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
+        self.scaler.unscale_(self.optimizer)
+        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        # Reading the answer waits for the device; a GradScaler does so too.
+        if bool(loss.isfinite() & norm.isfinite()):
+            if self.config.clip_grad is not None:
+                nn.utils.clip_grads_with_norm_(parameters, self.config.clip_grad, norm)
+            self.scaler.step(self.optimizer)
+            self.ema.update_parameters(self.model)
+            self._loss_sum += loss.detach() * len(images)
+            self.images += len(images)
+            self.bad_steps = 0
+        else:
+            torch._foreach_copy_(self._buffers, self._buffers_before)
+            self.bad_steps += 1
+            if self.bad_steps >= self.config.max_bad_steps:
+                self._raise_diverged(images)
         self.scaler.update()
-        self.ema.update_parameters(self.model)
-        self._loss_sum += loss.detach() * len(images)
-        self.images += len(images)
         self.step += 1
+
+    def _raise_diverged(self, images: Tensor) -> NoReturn:
+        with autocast(self.device, self.config.amp):
+            culprit = first_not_finite(self.model, images)
+        raise Diverged(
+            f"diverged: not finite first: {culprit}; this was the last of {self.bad_steps} such steps in a row "
+            f"(epoch {self.epoch + 1}, step {self.step + 1}); a lower --lr or --clip-grad may help"
+        )
 
     def finish_epoch(self, score: float) -> bool:
         """Count the epoch as done. Returns whether its top-1 is the best so far."""
@@ -87,6 +118,7 @@ class Trainer:
             "images": self.images,
             "loss_sum": self._loss_sum.cpu(),
             "best": self.best,
+            "bad_steps": self.bad_steps,
             "model": self.model.state_dict(),
             "ema": self.ema.module.state_dict(),
             "ema_updates": int(self.ema.n_averaged),
@@ -105,7 +137,7 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
             self.epoch, self.step, self.images = state["epoch"], state["step"], state["images"]
             self._loss_sum = state["loss_sum"].to(self.device)
-            self.best = state["best"]
+            self.best, self.bad_steps = state["best"], state["bad_steps"]
             _set_rng_state(state["rng"], self.device)
         except (RuntimeError, LookupError, TypeError, ValueError, AttributeError):
             raise ValueError("checkpoint: does not fit the run's configuration") from None

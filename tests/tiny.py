@@ -17,6 +17,7 @@ import sklearn.model_selection  # noqa: F401  here so that forked processes need
 import torch
 
 from effnet_fast import scaling, train
+from effnet_fast.config import Config
 
 SMALL = ["--variant", "tiny", "--dataset", "digits", "--resolution", "32", "--augment", "fast", "--batch-size", "8"]
 SMALL += ["--limit-train", "64", "--limit-val", "40", "--epochs", "2"]
@@ -28,6 +29,13 @@ def add_tiny() -> None:
     for family in scaling.FAMILIES.values():
         family.variants["tiny"] = scaling.Variant(scaling.Scaling(0.1, 0.2), 0.2, 0.2)
     train.VARIANTS = (*scaling.VARIANTS, "tiny")
+
+
+def config_of(**options: Any) -> Config:
+    """A run's configuration by default, of the tiny variant on the CPU."""
+    defaults = vars(train._parser().parse_args(SMALL))
+    del defaults["output"], defaults["resume"]
+    return train._config(defaults | {"device": "cpu"} | options)
 
 
 def main(
