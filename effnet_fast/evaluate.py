@@ -11,11 +11,12 @@ from torch.nn import functional as F
 from effnet_fast.amp import autocast
 from effnet_fast.augment import val_loader
 from effnet_fast.cli import ArgumentParser
+from effnet_fast.config import stored_options
 from effnet_fast.data import load_dataset
 from effnet_fast.memory import keep_freed_memory
 from effnet_fast.model import create_model
 from effnet_fast.passes.backend import use_backend
-from effnet_fast.run_folder import CHECKPOINTS, RunFolder
+from effnet_fast.run_folder import CHECKPOINTS, RunError, RunFolder
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         _report(args.run, args.checkpoint, args.data_dir, args.device)
+    except KeyError as error:
+        parser.error(f"{args.run / 'config.json'}: lacks {error}; give the folder of a training run")
     except ValueError as error:
         parser.error(str(error))
 
@@ -82,6 +85,7 @@ def main(argv: list[str] | None = None) -> None:
 def _report(run_path: Path, checkpoint: str, data_dir: str | None, device_name: str | None) -> None:
     run = RunFolder(run_path)
     config = run.config()
+    stored_options(config)
     state = run.load_checkpoint(checkpoint)
     device = torch.device(device_name or config["device"])
     data = load_dataset(config["dataset"], data_dir or config["data_dir"], verify=config["verify"])
@@ -99,7 +103,10 @@ def _report(run_path: Path, checkpoint: str, data_dir: str | None, device_name: 
     model.to(device).to(memory_format=torch.channels_last)
     results = {}
     for weights in ("model", "ema"):
-        model.load_state_dict(state[weights])
+        try:
+            model.load_state_dict(state[weights])
+        except (RuntimeError, TypeError, AttributeError):
+            raise RunError(f"{run_path}: the {checkpoint} checkpoint does not fit the run's configuration") from None
         with use_backend(config["backend"]):
             results[weights] = evaluate(model, loader.epoch(0), classes, device, config["amp"])
     print(

@@ -115,7 +115,7 @@ class RunFolder:
             config = json.loads(path.read_text())
         except OSError as error:
             raise RunError(f"{path}: {error.strerror}; give the folder of a training run") from None
-        except ValueError:
+        except (ValueError, RecursionError):
             raise RunError(f"{path}: not a JSON file; give the folder of a training run") from None
         if not isinstance(config, dict):
             raise RunError(f"{path}: not a run's configuration; give the folder of a training run")

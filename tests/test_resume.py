@@ -109,7 +109,7 @@ def test_killed_at_every_write_of_an_epoch(uninterrupted: Path, tmp_path: Path, 
     test_killed_while_writing(uninterrupted, tmp_path, count)
 
 
-def wait_for(condition: Any, seconds: float = 60) -> None:
+def wait_for(condition: Any, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end

@@ -69,7 +69,7 @@ def start(
     return process
 
 
-def finish(process: BaseProcess, seconds: float = 120) -> int:
+def finish(process: BaseProcess, seconds: float = 300) -> int:
     """Wait for the process and return its exit status; kill it when the time is over."""
     process.join(seconds)
     if process.exitcode is None:
