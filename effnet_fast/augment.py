@@ -7,9 +7,9 @@ before it and however many workers there are, and the caller's generators are le
 import hashlib
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -20,6 +20,7 @@ from effnet_fast.data import DataError, Split, TensorSplit, resize_square, sourc
 from effnet_fast.signals import SIGNALS
 
 AUGMENTS = ("reference", "fast")
+AUTOAUGMENTS = tuple(policy.value for policy in v2.AutoAugmentPolicy)
 
 # ImageNet's, of pixels in 0..1.
 MEAN = (0.485, 0.456, 0.406)
@@ -47,7 +48,10 @@ def train_loader(
     num_workers: int = 0,
     device: torch.device | str = "cpu",
     mixup: float = 0.0,
+    cutmix: float = 0.0,
     num_classes: int | None = None,
+    autoaugment: str | None = None,
+    randaugment: int | None = None,
 ) -> "Loader":
     """Shuffled, augmented batches; the last partial batch is dropped unless it is the only one.
 
@@ -63,23 +67,23 @@ def train_loader(
         device: where the batches are.
         mixup: alpha of the Beta(alpha, alpha) distribution that each batch's mixing ratio is drawn from;
             0 mixes nothing.
-        num_classes: needed with mixup.
+        cutmix: the same of CutMix. With both, each batch takes one of them.
+        num_classes: needed with mixup and cutmix.
+        autoaugment: AutoAugment policy of AUTOAUGMENTS; None is cifar10 in `reference`, no AutoAugment in `fast`.
+        randaugment: magnitude of RandAugment in place of AutoAugment. In `fast`, both cost a call an image.
 
     Raises:
         ValueError: an argument out of range.
         DataError: an empty split, or an image that can't be read.
     """
     _check_arguments(split, augment, size, batch_size, num_workers)
-    if mixup < 0:
-        raise ValueError(f"mixup: {mixup}, must be at least 0")
-    if mixup > 0 and num_classes is None:
-        raise ValueError("num_classes: None, must be given with mixup")
+    policy = _policy(autoaugment, randaugment)
     fetch: Callable[[_Job], Batch]
     if augment == "fast":
         num_workers = 0
-        fetch = _FastTraining(split.to_tensor(size), size, seed, torch.device(device))
+        fetch = _FastTraining(split.to_tensor(size), size, seed, torch.device(device), policy)
     else:
-        fetch = _ReferenceTraining(split, size, seed)
+        fetch = _ReferenceTraining(split, size, seed, policy or v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10))
     return Loader(
         fetch,
         len(split),
@@ -87,8 +91,7 @@ def train_loader(
         seed=seed,
         num_workers=num_workers,
         device=torch.device(device),
-        mixup=mixup,
-        num_classes=num_classes,
+        mix=_mix(mixup, cutmix, num_classes),
     )
 
 
@@ -179,15 +182,13 @@ class Loader:
         seed: int | None = None,
         num_workers: int,
         device: torch.device,
-        mixup: float = 0.0,
-        num_classes: int | None = None,
+        mix: Callable[[Tensor, Tensor], Batch] | None = None,
     ) -> None:
         self._count = count
         self._batch_size = batch_size
         self._seed = seed
         self._device = device
-        self._mixup = mixup
-        self._num_classes = num_classes
+        self._mix = mix
         self._schedule = _Schedule()
         self._batches = DataLoader(
             _Fetcher(fetch),
@@ -238,18 +239,11 @@ class Loader:
             if isinstance(batch, str):
                 raise DataError(batch)
             images, labels = (tensor.to(self._device, non_blocking=True) for tensor in batch)
-            if self._mixup > 0:
-                images, labels = self._mix(images, labels, job)
+            if self._mix is not None:
+                with _seeded(self._seed, job.epoch, "mix", job.position):
+                    images, labels = self._mix(images, labels)
+                images = images.contiguous(memory_format=torch.channels_last)
             yield images, labels
-
-    def _mix(self, images: Tensor, labels: Tensor, job: _Job) -> Batch:
-        assert self._seed is not None
-        assert self._num_classes is not None
-        rng = np.random.default_rng(derive_seed(self._seed, job.epoch, "mixup", job.position))
-        ratio = rng.beta(self._mixup, self._mixup)
-        targets = torch.nn.functional.one_hot(labels, self._num_classes).to(torch.float32)
-        # The batch is in random order, so that the neighbour is a random partner.
-        return images.lerp(images.roll(1, 0), ratio), targets.lerp(targets.roll(1, 0), ratio)
 
 
 def derive_seed(*key: int | str) -> int:
@@ -262,11 +256,45 @@ def _generator(*key: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(derive_seed(*key))
 
 
+@contextmanager
+def _seeded(*key: int | str) -> Iterator[None]:
+    """torch's generator of the CPU, which its transforms draw from, seeded by the key; as it was before afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        # torch.manual_seed would touch CUDA's as well.
+        torch.default_generator.manual_seed(derive_seed(*key))
+        yield
+
+
+def _mix(mixup: float, cutmix: float, num_classes: int | None) -> Callable[[Tensor, Tensor], Batch] | None:
+    for name, alpha in (("mixup", mixup), ("cutmix", cutmix)):
+        if alpha < 0:
+            raise ValueError(f"{name}: {alpha}, must be at least 0")
+        if alpha > 0 and num_classes is None:
+            raise ValueError(f"num_classes: None, must be given with {name}")
+    mixes = [v2.MixUp(alpha=mixup, num_classes=num_classes)] if mixup > 0 else []
+    mixes += [v2.CutMix(alpha=cutmix, num_classes=num_classes)] if cutmix > 0 else []
+    return v2.RandomChoice(mixes) if mixes else None
+
+
+def _policy(autoaugment: str | None, randaugment: int | None) -> v2.Transform | None:
+    if randaugment is not None:
+        if autoaugment is not None:
+            raise ValueError("randaugment: takes the place of autoaugment, give one of them")
+        if not 0 <= randaugment <= 30:
+            raise ValueError(f"randaugment: {randaugment}, must be from 0 to 30")
+        return v2.RandAugment(magnitude=randaugment)
+    if autoaugment is None:
+        return None
+    if autoaugment not in AUTOAUGMENTS:
+        raise ValueError(f"autoaugment: {autoaugment!r} is unknown, choose from {', '.join(AUTOAUGMENTS)}")
+    return v2.AutoAugment(v2.AutoAugmentPolicy(autoaugment))
+
+
 # reference
 
 
 class _ReferenceTraining:
-    def __init__(self, split: Split, size: int, seed: int) -> None:
+    def __init__(self, split: Split, size: int, seed: int, policy: v2.Transform) -> None:
         self.split = split
         self.seed = seed
         self.transform = v2.Compose(
@@ -274,7 +302,7 @@ class _ReferenceTraining:
                 # AutoAugment's operations are defined by Pillow's.
                 v2.ToPILImage(),
                 v2.RandomResizedCrop(size, CROP_SCALE, CROP_RATIO, v2.InterpolationMode.BICUBIC),
-                v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10),
+                policy,
                 v2.RandomHorizontalFlip(),
                 v2.PILToTensor(),
                 v2.ToDtype(torch.float32, scale=True),
@@ -286,13 +314,11 @@ class _ReferenceTraining:
     def __call__(self, job: _Job) -> Batch:
         images = []
         labels = []
-        # The transforms draw from torch's global generator. torch.manual_seed would touch CUDA's as well.
-        with torch.random.fork_rng(devices=[]):
-            for position, index in enumerate(job.indices, job.position):
-                torch.default_generator.manual_seed(derive_seed(self.seed, job.epoch, "augment", position))
-                image, label = self.split[index]
+        for position, index in enumerate(job.indices, job.position):
+            image, label = self.split[index]
+            with _seeded(self.seed, job.epoch, "augment", position):
                 images.append(self.transform(image))
-                labels.append(label)
+            labels.append(label)
         return torch.stack(images).contiguous(memory_format=torch.channels_last), torch.tensor(labels)
 
 
@@ -322,11 +348,14 @@ class _TensorValidation:
 
 
 class _FastTraining:
-    def __init__(self, split: TensorSplit, size: int, seed: int, device: torch.device) -> None:
+    def __init__(
+        self, split: TensorSplit, size: int, seed: int, device: torch.device, policy: v2.Transform | None
+    ) -> None:
         self.images = split.images.to(device)
         self.labels = split.labels.to(device)
         self.size = size
         self.seed = seed
+        self.policy = policy
 
     def __call__(self, job: _Job) -> Batch:
         generator = _generator(self.seed, job.epoch, "augment", job.position)
@@ -336,6 +365,10 @@ class _FastTraining:
         flipped = torch.rand(len(images), generator=generator) < 0.5
         holes = random_holes(generator, len(images), self.size)
         pixels = crop_resize_flip(images, boxes, flipped, self.size)
+        if self.policy is not None:
+            with _seeded(self.seed, job.epoch, "policy", job.position):
+                levels = pixels.round().to(torch.uint8).permute(0, 3, 1, 2)
+                pixels = torch.stack([self.policy(image) for image in levels]).permute(0, 2, 3, 1)
         return _erase(_normalize(pixels), holes), self.labels[chosen]
 
 

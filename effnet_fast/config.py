@@ -6,7 +6,10 @@ from typing import Any, get_type_hints
 from effnet_fast.scaling import get_family, get_variant
 
 # What a checkpoint's tensors and its place in the training data depend on.
-FIXED_ON_RESUME = ("variant", "family", "dataset", "resolution", "batch_size", "augment", "seed", "limit_train")
+FIXED_ON_RESUME = (
+    *("variant", "family", "dataset", "resolution", "augment", "seed", "limit_train"),
+    *("batch_size", "accumulate", "optimizer", "freeze"),
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,21 @@ class Config:
     num_workers: int
     device: str
     backend: str
+    optimizer: str
+    weight_decay: float
+    schedule: str
+    label_smoothing: float
+    ema_decay: float
+    ema_warmup: bool
+    accumulate: int
+    mixup: float
+    cutmix: float
+    autoaugment: str | None
+    randaugment: int | None
+    freeze: str | None
+    weights: str | None
+    compile: bool
+    profile: bool
     clip_grad: float | None
     max_bad_steps: int
     checkpoint_minutes: float

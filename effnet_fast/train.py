@@ -5,19 +5,22 @@ import random
 import resource
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from datetime import datetime, timedelta
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.profiler import profile, schedule
 from torch.utils import deterministic
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from effnet_fast.amp import AMP_DTYPES
-from effnet_fast.augment import AUGMENTS, Loader, train_loader, val_loader
+from effnet_fast.augment import AUGMENTS, AUTOAUGMENTS, Loader, train_loader, val_loader
 from effnet_fast.cli import ArgumentParser, at_least
 from effnet_fast.config import Config, fixed_difference, stored_options
 from effnet_fast.data import DATASETS, load_dataset
@@ -25,12 +28,13 @@ from effnet_fast.evaluate import evaluate
 from effnet_fast.memory import keep_freed_memory
 from effnet_fast.passes.backend import BACKENDS, current, use_backend
 from effnet_fast.plots import plot_curves
-from effnet_fast.recipe import default_lr
+from effnet_fast.recipe import EMA_DECAY, LABEL_SMOOTHING, OPTIMIZERS, SCHEDULES, default_lr
 from effnet_fast.run_folder import RunError, RunFolder, read_checkpoint
 from effnet_fast.scaling import BASE_RESOLUTION, FAMILIES, VARIANTS
 from effnet_fast.signals import Stopped, StopSignals
 from effnet_fast.summary import count_macs
 from effnet_fast.trainer import Trainer
+from effnet_fast.weights import load_weights
 
 
 def _parser() -> ArgumentParser:
@@ -64,6 +68,35 @@ def _parser() -> ArgumentParser:
         help="go on with the run in --output from its newest good checkpoint (auto; a new run if there is none), "
         "or from the checkpoint named; the run's own options are the defaults then",
     )
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="rmsprop", help="default: rmsprop")
+    parser.add_argument("--weight-decay", type=at_least(0.0), help="default: the optimizer's, 1e-5 for rmsprop")
+    parser.add_argument(
+        "--schedule", choices=SCHEDULES, default="exponential", help="after ten epochs of warm-up; default: exponential"
+    )
+    parser.add_argument("--label-smoothing", type=at_least(0.0), default=LABEL_SMOOTHING, help="default: 0.1")
+    parser.add_argument("--ema-decay", type=at_least(0.0), default=EMA_DECAY, help="default: 0.9999")
+    parser.add_argument(
+        "--no-ema-warmup", dest="ema_warmup", action="store_false", help="use the decay from the first step on"
+    )
+    parser.add_argument("--accumulate", type=at_least(1), default=1, help="batches that make a step; default: 1")
+    parser.add_argument("--mixup", type=at_least(0.0), default=0.0, help="alpha of mixup; default: 0, off")
+    parser.add_argument(
+        "--cutmix", type=at_least(0.0), default=0.0, help="alpha of CutMix, by turns with mixup; default: 0, off"
+    )
+    parser.add_argument(
+        "--autoaugment", choices=AUTOAUGMENTS, help="AutoAugment policy; default: cifar10 in reference, none in fast"
+    )
+    parser.add_argument(
+        "--randaugment", type=at_least(0), metavar="MAGNITUDE", help="RandAugment in place of AutoAugment, 0 to 30"
+    )
+    parser.add_argument(
+        "--freeze", metavar="MODULES", help="names with commas, as stem,stages.0,stages.1: these stay as they are"
+    )
+    parser.add_argument(
+        "--weights", help="start from the weights in a file: of this package, torchvision or timm; .pt or .safetensors"
+    )
+    parser.add_argument("--compile", action="store_true", help="train through torch.compile")
+    parser.add_argument("--profile", action="store_true", help="write trace.json of three steps to the run folder")
     parser.add_argument("--clip-grad", type=at_least(0.0), help="scale gradients down to this norm; default: off")
     parser.add_argument(
         "--max-bad-steps",
@@ -166,7 +199,9 @@ def _config(args: dict[str, Any]) -> Config:
     if args["backend"] is None:
         args["backend"] = current()
     if args["lr"] is None:
-        args["lr"] = default_lr(args["batch_size"])
+        args["lr"] = default_lr(args["batch_size"] * args["accumulate"], args["optimizer"])
+    if args["weight_decay"] is None:
+        args["weight_decay"] = OPTIMIZERS[args["optimizer"]].weight_decay
     return Config(**args)
 
 
@@ -197,7 +232,16 @@ def train(config: Config, output: Path, *, resume: bool = False, state: dict[str
         "num_workers": config.num_workers,
         "device": torch.device(config.device),
     }
-    batches = train_loader(train_split, seed=config.seed, **shared)
+    batches = train_loader(
+        train_split,
+        seed=config.seed,
+        mixup=config.mixup,
+        cutmix=config.cutmix,
+        num_classes=len(data.classes),
+        autoaugment=config.autoaugment,
+        randaugment=config.randaugment,
+        **shared,
+    )
     val_batches = val_loader(val_split, **shared)
 
     trainer = Trainer(config, len(data.classes))
@@ -205,6 +249,9 @@ def train(config: Config, output: Path, *, resume: bool = False, state: dict[str
     macs = count_macs(trainer.model, config.input_size)
     if state is not None:
         trainer.load_state_dict(state)
+    elif config.weights is not None:
+        for line in load_weights(trainer.model, Path(config.weights)):
+            print(line, flush=True)
     stored = asdict(config) | {"input_size": config.input_size, "classes": data.classes}
     if resume:
         run = RunFolder(output)
@@ -223,11 +270,15 @@ def train(config: Config, output: Path, *, resume: bool = False, state: dict[str
         print(f"Going on after {trainer.epoch} epochs and {trainer.step} steps", flush=True)
     checkpoints = _Checkpoints(run, trainer)
     start, first = time.perf_counter(), trainer.epoch + trainer.step / len(batches)
-    with SummaryWriter(output / "tensorboard", purge_step=trainer.epoch) as board, StopSignals() as signals:
+    with (
+        SummaryWriter(output / "tensorboard", purge_step=trainer.epoch) as board,
+        StopSignals() as signals,
+        _profiler(config, output) as profiler,
+    ):
         try:
             while trainer.epoch < config.epochs:
                 epoch_start, epoch, lr = time.perf_counter(), trainer.epoch, trainer.lr
-                images_per_second = _train_epoch(trainer, batches, checkpoints, signals, start, first)
+                images_per_second = _train_epoch(trainer, batches, checkpoints, signals, profiler, start, first)
                 raw, averaged = (
                     evaluate(
                         model, signals.between(val_batches.epoch(0)), len(data.classes), trainer.device, config.amp
@@ -280,8 +331,25 @@ class _Checkpoints:
             self.save()
 
 
+def _profiler(config: Config, output: Path) -> AbstractContextManager[profile | None]:
+    """Of three steps after two that warm up."""
+    if not config.profile:
+        return nullcontext()
+    return profile(
+        schedule=schedule(wait=1, warmup=1, active=3, repeat=1),
+        on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(output / "trace.json")),
+        record_shapes=True,
+    )
+
+
 def _train_epoch(
-    trainer: Trainer, batches: Loader, checkpoints: _Checkpoints, signals: StopSignals, run_start: float, first: float
+    trainer: Trainer,
+    batches: Loader,
+    checkpoints: _Checkpoints,
+    signals: StopSignals,
+    profiler: profile | None,
+    run_start: float,
+    first: float,
 ) -> float:
     """What is left of the epoch at hand. Returns the images per second.
 
@@ -291,14 +359,17 @@ def _train_epoch(
     description = f"epoch {trainer.epoch + 1}/{trainer.config.epochs}"
     total = len(batches)
     with tqdm(total=total, initial=trainer.step, desc=description, unit="step", leave=False, dynamic_ncols=True) as bar:
-        for images, labels in batches.epoch(trainer.epoch, trainer.step):
-            trainer.train_step(images, labels)
+        remaining = batches.epoch(trainer.epoch, trainer.step)
+        while group := list(islice(remaining, trainer.config.accumulate)):
+            trainer.train_step(group)
             done = trainer.epoch + trainer.step / total
             now = time.perf_counter()
             left = timedelta(seconds=round((now - run_start) * (trainer.config.epochs - done) / (done - first)))
             rate = (trainer.images - images_before) / (now - start)
             bar.set_postfix_str(f"{rate:.0f} images/s, run ends in {left}", refresh=False)
-            bar.update()
+            bar.update(len(group))
+            if profiler is not None:
+                profiler.step()
             checkpoints.save_if_due()
             signals.check()
     _ = trainer.mean_loss  # waits for the device, so that the clock is read after it

@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, NoReturn
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from effnet_fast import __version__
 from effnet_fast.amp import autocast
+from effnet_fast.augment import Batch
 from effnet_fast.config import Config
 from effnet_fast.divergence import Diverged, first_not_finite
 from effnet_fast.model import create_model
@@ -33,10 +35,13 @@ class Trainer:
         self.device = torch.device(config.device)
         self.model = create_model(config.variant, classes, family=config.family)
         self.model.to(self.device).to(memory_format=torch.channels_last)
-        self.ema = make_ema(self.model)
-        self.optimizer = make_optimizer(self.model.parameters(), config.lr)
+        self._frozen = _freeze(self.model, config.freeze)
+        self._compiled = torch.compile(self.model) if config.compile else self.model
+        self.ema = make_ema(self.model, config.ema_decay, config.ema_warmup)
+        self._parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = make_optimizer(self._parameters, config.lr, config.optimizer, config.weight_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
-        self.criterion = make_loss()
+        self.criterion = make_loss(config.label_smoothing)
         self._buffers = list(self.model.buffers())
         self._buffers_before = [torch.empty_like(buffer) for buffer in self._buffers]
         self.best = -1.0
@@ -53,45 +58,52 @@ class Trainer:
     @property
     def lr(self) -> float:
         """The learning rate of the epoch at hand."""
-        return self.config.lr * lr_factor(self.epoch)
+        return self.config.lr * lr_factor(self.epoch, self.config.schedule, self.config.epochs)
 
     @property
     def mean_loss(self) -> float:
         """Over the images of the epoch at hand that were learned from. Waits for the device."""
         return self._loss_sum.item() / self.images if self.images else math.nan
 
-    def train_step(self, images: Tensor, labels: Tensor) -> None:
+    def train_step(self, group: Sequence[Batch]) -> None:
         """One update of the weights and of their moving average; none if loss or gradient are not finite.
+
+        group: the batches whose gradients are accumulated, each weighed by its images.
 
         Raises Diverged after `max_bad_steps` of the latter in a row. No such step leaves a trace in model or average.
         """
         self.model.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
+        for module in self._frozen:
+            module.eval()
+        for settings in self.optimizer.param_groups:
+            settings["lr"] = self.lr
         torch._foreach_copy_(self._buffers_before, self._buffers)
-        with autocast(self.device, self.config.amp):
-            loss = self.criterion(self.model(images), labels)
         self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
+        count = sum(len(images) for images, _ in group)
+        losses = torch.zeros((), device=self.device)
+        for images, labels in group:
+            with autocast(self.device, self.config.amp):
+                loss = self.criterion(self._compiled(images), labels)
+            self.scaler.scale(loss * (len(images) / count)).backward()
+            losses += loss.detach() * len(images)
         self.scaler.unscale_(self.optimizer)
-        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
-        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         # Reading the answer waits for the device; a GradScaler does so too.
-        if bool(loss.isfinite() & norm.isfinite()):
+        if bool(losses.isfinite() & norm.isfinite()):
             if self.config.clip_grad is not None:
-                nn.utils.clip_grads_with_norm_(parameters, self.config.clip_grad, norm)
+                nn.utils.clip_grads_with_norm_(self._parameters, self.config.clip_grad, norm)
             self.scaler.step(self.optimizer)
             self.ema.update_parameters(self.model)
-            self._loss_sum += loss.detach() * len(images)
-            self.images += len(images)
+            self._loss_sum += losses
+            self.images += count
             self.bad_steps = 0
         else:
             torch._foreach_copy_(self._buffers, self._buffers_before)
             self.bad_steps += 1
             if self.bad_steps >= self.config.max_bad_steps:
-                self._raise_diverged(images)
+                self._raise_diverged(torch.cat([images for images, _ in group]))
         self.scaler.update()
-        self.step += 1
+        self.step += len(group)
 
     def _raise_diverged(self, images: Tensor) -> NoReturn:
         with autocast(self.device, self.config.amp):
@@ -141,6 +153,20 @@ class Trainer:
             _set_rng_state(state["rng"], self.device)
         except (RuntimeError, LookupError, TypeError, ValueError, AttributeError):
             raise ValueError("checkpoint: does not fit the run's configuration") from None
+
+
+def _freeze(model: nn.Module, names: str | None) -> list[nn.Module]:
+    """Keep the modules named (with commas between) as they are; returns them. Raises ValueError for an unknown name."""
+    frozen = []
+    for name in names.split(",") if names else ():
+        try:
+            module = model.get_submodule(name.strip())
+        except AttributeError:
+            raise ValueError(f"--freeze: got {name!r}, must be a module, as stem, stages.0 or head") from None
+        frozen.append(module.requires_grad_(False))
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"--freeze: got {names!r}, which leaves nothing to train")
+    return frozen
 
 
 def _rng_state(device: torch.device) -> dict[str, Any]:

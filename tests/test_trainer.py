@@ -28,7 +28,7 @@ def batch(seed: int) -> tuple[Tensor, Tensor]:
 
 def step(trained: Trainer, seed: int) -> None:
     torch.manual_seed(seed)  # for dropout and drop path
-    trained.train_step(*batch(seed))
+    trained.train_step([batch(seed)])
 
 
 def tensors(trained: Trainer) -> dict[str, Any]:
@@ -44,15 +44,15 @@ def test_a_bad_step_leaves_no_trace(poison: str) -> None:
     images, labels = batch(2)
     if poison == "images":
         images[3, 1, 5, 5] = torch.nan
-        trained.train_step(images, labels)
+        trained.train_step([(images, labels)])
     elif poison == "loss":
         criterion = trained.criterion
         trained.criterion = lambda logits, labels: criterion(logits, labels) * torch.inf
-        trained.train_step(images, labels)
+        trained.train_step([(images, labels)])
         trained.criterion = criterion
     else:
         handle = trained.model.head.conv.weight.register_hook(lambda gradient: gradient * torch.inf)
-        trained.train_step(images, labels)
+        trained.train_step([(images, labels)])
         handle.remove()
     assert trained.bad_steps == 1
     assert_same_bits(tensors(trained), before)
@@ -67,11 +67,11 @@ def test_a_bad_step_leaves_no_trace(poison: str) -> None:
 def test_too_many_bad_steps_in_a_row_end_the_run() -> None:
     trained = trainer(max_bad_steps=2)
     bad = batch(1)[0].fill_(torch.inf)
-    trained.train_step(bad, batch(1)[1])
+    trained.train_step([(bad, batch(1)[1])])
     step(trained, 2)
-    trained.train_step(bad, batch(1)[1])
+    trained.train_step([(bad, batch(1)[1])])
     with pytest.raises(Diverged, match=r"^diverged: not finite first: the images; .* 2 such .*epoch 1, step 4\)"):
-        trained.train_step(bad, batch(1)[1])
+        trained.train_step([(bad, batch(1)[1])])
 
 
 @pytest.mark.parametrize(
