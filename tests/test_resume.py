@@ -103,6 +103,19 @@ def test_killed_while_writing(uninterrupted: Path, tmp_path: Path, count: int) -
     assert_ends_like(uninterrupted, tmp_path / "run")
 
 
+def test_killed_with_all_of_the_recipe(tmp_path: Path) -> None:
+    recipe = ["--optimizer", "adamw", "--schedule", "cosine", "--accumulate", "3", "--mixup", "0.2", "--cutmix", "1"]
+    recipe += ["--randaugment", "5", "--freeze", "stem", "--ema-decay", "0.9", "--no-ema-warmup", "--clip-grad", "1"]
+    recipe += ["--label-smoothing", "0.2", "--weight-decay", "0.01"]
+    runs = [tmp_path / "whole", tmp_path / "killed"]
+    assert finish(start(*arguments(runs[0], *recipe), log=tmp_path / "log")) == 0
+    killed = start(*arguments(runs[1], *recipe), log=tmp_path / "log", prepare=partial(kill_at_write, 12))
+    assert finish(killed) == -signal.SIGKILL
+    assert 0 < read_checkpoint(runs[1] / "checkpoint.pt")["step"] < 8
+    assert finish(start(*arguments(runs[1], *recipe), log=tmp_path / "log")) == 0
+    assert_ends_like(*runs)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("count", range(1, 80))
 def test_killed_at_every_write_of_an_epoch(uninterrupted: Path, tmp_path: Path, count: int) -> None:

@@ -1,6 +1,7 @@
 """Steps of training: those that are not finite, clipped ones."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from effnet_fast.divergence import Diverged, first_not_finite
+from effnet_fast.layers import MBConv
 from effnet_fast.run_folder import read_checkpoint
 from effnet_fast.trainer import Trainer
 from tests.tiny import SMALL, add_tiny, assert_same_bits, config_of, finish, start
@@ -125,6 +127,61 @@ def test_gradients_are_clipped_to_the_norm() -> None:
         # torch adds 1e-6 to the norm; the rest is float32 rounding
         torch.testing.assert_close(scaled, exact * (0.01 / norm).float(), rtol=1e-4, atol=1e-9)
         assert torch.equal(same, exact)
+
+
+def test_accumulated_gradients_are_the_mean_over_the_images() -> None:
+    trained = trainer(accumulate=2)
+    twin = copy.deepcopy(trained.model).train()
+    small, large = (tensor[:2] for tensor in batch(1)), batch(2)
+    group = [tuple(small), large]
+    torch.manual_seed(3)
+    trained.train_step(group)
+    torch.manual_seed(3)
+    # Two backward passes by hand; the loss of each is a mean over its own images.
+    for images, labels in group:
+        loss = nn.functional.cross_entropy(twin(images), labels, label_smoothing=0.1, reduction="sum") / 10
+        loss.backward()
+    for (name, parameter), ours in zip(twin.named_parameters(), trained.model.parameters(), strict=True):
+        # float32: a mean times a share against a sum divided once
+        torch.testing.assert_close(ours.grad, parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+    assert (trained.step, trained.images) == (2, 10)
+
+
+def test_frozen_modules_stay_as_they_are() -> None:
+    trained = trainer(freeze="stem,stages.0, stages.2.0.se")
+    before = copy.deepcopy(trained.model.state_dict())
+    step(trained, 1)
+    frozen = ("stem.", "stages.0.", "stages.2.0.se.")
+    for name, tensor in trained.model.state_dict().items():
+        assert torch.equal(tensor, before[name]) == name.startswith(frozen), name
+    with pytest.raises(ValueError, match="--freeze: got 'neck', must be a module"):
+        trainer(freeze="stem,neck")
+    with pytest.raises(ValueError, match="leaves nothing to train"):
+        trainer(freeze="stem,stages,head,classifier")
+
+
+@pytest.mark.slow
+def test_a_compiled_step_equals_an_eager_one() -> None:
+    plain, compiled = trainer(), trainer(compile=True)
+    for trained in (plain, compiled):
+        for module in trained.model.modules():
+            # A compiled model draws other random numbers.
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            elif isinstance(module, MBConv):
+                module.drop_path_rate = 0.0
+        step(trained, 1)
+    for (name, one), other in zip(plain.model.named_parameters(), compiled.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, msg=name)  # fused float32 sums
+
+
+def test_profile_writes_a_trace(tmp_path: Path) -> None:
+    options = [*SMALL, "--epochs", "1", "--profile", "--output", str(tmp_path / "run")]
+    assert finish(start(*options, log=tmp_path / "log")) == 0
+    events = json.loads((tmp_path / "run" / "trace.json").read_text())["traceEvents"]
+    names = {event["name"] for event in events if "name" in event}
+    assert "aten::convolution" in names
+    assert len({name for name in names if name.startswith("ProfilerStep#")}) == 3
 
 
 def test_a_diverging_run_ends_in_one_line_and_keeps_its_checkpoint(tmp_path: Path) -> None:
