@@ -52,6 +52,7 @@ def train_loader(
     num_classes: int | None = None,
     autoaugment: str | None = None,
     randaugment: int | None = None,
+    shard: tuple[int, int] = (0, 1),
 ) -> "Loader":
     """Shuffled, augmented batches; the last partial batch is dropped unless it is the only one.
 
@@ -71,6 +72,8 @@ def train_loader(
         num_classes: needed with mixup and cutmix.
         autoaugment: AutoAugment policy of AUTOAUGMENTS; None is cifar10 in `reference`, no AutoAugment in `fast`.
         randaugment: magnitude of RandAugment in place of AutoAugment. In `fast`, both cost a call an image.
+        shard: (number, count) of the process among those that share each step: together their batches are one of
+            `count * batch_size` examples, augmented as it would be in one process.
 
     Raises:
         ValueError: an argument out of range.
@@ -92,6 +95,7 @@ def train_loader(
         num_workers=num_workers,
         device=torch.device(device),
         mix=_mix(mixup, cutmix, num_classes),
+        shard=shard,
     )
 
 
@@ -103,13 +107,15 @@ def val_loader(
     batch_size: int,
     num_workers: int = 0,
     device: torch.device | str = "cpu",
+    shard: tuple[int, int] = (0, 1),
 ) -> "Loader":
     """Every example in order: resized to int(size / 0.875), bicubic, and its centre cropped to `size`.
 
     The batches are the same for every `augment`. `fast` reads an image folder once and keeps its pixels on
     the device, `reference` reads it again in every epoch, in `num_workers` processes.
 
-    Args and Raises: as `train_loader`.
+    shard: (number, count) of the process among those that share the batches; each batch is one process's.
+    Other Args, and Raises: as `train_loader`.
     """
     _check_arguments(split, augment, size, batch_size, num_workers)
     fetch: Callable[[_Job], Batch]
@@ -118,7 +124,7 @@ def val_loader(
         fetch = _TensorValidation(split.to_tensor(size), size, torch.device(device))
     else:
         fetch = _FileValidation(split, size)
-    return Loader(fetch, len(split), batch_size, num_workers=num_workers, device=torch.device(device))
+    return Loader(fetch, len(split), batch_size, num_workers=num_workers, device=torch.device(device), shard=shard)
 
 
 def _check_arguments(split: Split, augment: str, size: int, batch_size: int, num_workers: int) -> None:
@@ -133,11 +139,16 @@ def _check_arguments(split: Split, augment: str, size: int, batch_size: int, num
 
 
 class _Job(NamedTuple):
-    """One batch: which examples, and where in which epoch."""
+    """One batch: which examples, where in which epoch, and which part of it is this process's."""
 
     epoch: int
     position: int
     indices: list[int]
+    part: slice
+
+    def examples(self) -> list[tuple[int, int]]:
+        """(position in the epoch, index) of this process's examples."""
+        return list(enumerate(self.indices, self.position))[self.part]
 
 
 class _Schedule:
@@ -183,12 +194,17 @@ class Loader:
         num_workers: int,
         device: torch.device,
         mix: Callable[[Tensor, Tensor], Batch] | None = None,
+        shard: tuple[int, int] = (0, 1),
     ) -> None:
+        processes = shard[1]
+        if seed is not None and processes > 1 and count < processes * batch_size:
+            raise ValueError(f"batch_size: {batch_size} in each of {processes} processes, more than {count} examples")
         self._count = count
         self._batch_size = batch_size
         self._seed = seed
         self._device = device
         self._mix = mix
+        self._shard = shard
         self._schedule = _Schedule()
         self._batches = DataLoader(
             _Fetcher(fetch),
@@ -202,10 +218,11 @@ class Loader:
         )
 
     def __len__(self) -> int:
-        """Batches in an epoch."""
+        """Batches in an epoch, of this process."""
+        number, processes = self._shard
         if self._seed is None:
-            return -(-self._count // self._batch_size)
-        return max(1, self._count // self._batch_size)
+            return len(range(self._count)[:: self._batch_size][number::processes])
+        return max(1, self._count // (self._batch_size * processes))
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from number `start` on. One epoch at a time: a new one ends the one before.
@@ -227,12 +244,16 @@ class Loader:
         return self._iterate(self._schedule.jobs, batches)
 
     def _jobs(self, epoch: int) -> list[_Job]:
+        number, processes = self._shard
         if self._seed is None:
-            order = torch.arange(self._count)
+            order, size, part = torch.arange(self._count), self._batch_size, slice(None)
+            starts = range(0, self._count, size)[number::processes]
         else:
             order = torch.randperm(self._count, generator=_generator(self._seed, epoch, "order"))
-        starts = range(0, len(self) * self._batch_size, self._batch_size)
-        return [_Job(epoch, i, order[i : i + self._batch_size].tolist()) for i in starts]
+            size = self._batch_size * processes
+            part = slice(number * self._batch_size, (number + 1) * self._batch_size)
+            starts = range(0, len(self) * size, size)
+        return [_Job(epoch, i, order[i : i + size].tolist(), part) for i in starts]
 
     def _iterate(self, jobs: list[_Job], batches: Iterator[Batch | str]) -> Iterator[Batch]:
         for job, batch in zip(jobs, batches, strict=True):
@@ -314,7 +335,7 @@ class _ReferenceTraining:
     def __call__(self, job: _Job) -> Batch:
         images = []
         labels = []
-        for position, index in enumerate(job.indices, job.position):
+        for position, index in job.examples():
             image, label = self.split[index]
             with _seeded(self.seed, job.epoch, "augment", position):
                 images.append(self.transform(image))
@@ -359,16 +380,21 @@ class _FastTraining:
 
     def __call__(self, job: _Job) -> Batch:
         generator = _generator(self.seed, job.epoch, "augment", job.position)
-        chosen = torch.tensor(job.indices, device=self.images.device)
+        # Drawn for the examples of all processes.
+        count = len(job.indices)
+        boxes = random_crops(generator, count, self.images.shape[2], self.images.shape[3])[job.part]
+        flipped = (torch.rand(count, generator=generator) < 0.5)[job.part]
+        holes = random_holes(generator, count, self.size)[job.part]
+        chosen = torch.tensor(job.indices[job.part], device=self.images.device)
         images = self.images[chosen]
-        boxes = random_crops(generator, len(images), images.shape[2], images.shape[3])
-        flipped = torch.rand(len(images), generator=generator) < 0.5
-        holes = random_holes(generator, len(images), self.size)
         pixels = crop_resize_flip(images, boxes, flipped, self.size)
         if self.policy is not None:
-            with _seeded(self.seed, job.epoch, "policy", job.position):
-                levels = pixels.round().to(torch.uint8).permute(0, 3, 1, 2)
-                pixels = torch.stack([self.policy(image) for image in levels]).permute(0, 2, 3, 1)
+            levels = pixels.round().to(torch.uint8).permute(0, 3, 1, 2)
+            changed = []
+            for (position, _), image in zip(job.examples(), levels, strict=True):
+                with _seeded(self.seed, job.epoch, "policy", position):
+                    changed.append(self.policy(image))
+            pixels = torch.stack(changed).permute(0, 2, 3, 1)
         return _erase(_normalize(pixels), holes), self.labels[chosen]
 
 

@@ -8,7 +8,7 @@ from effnet_fast.scaling import get_family, get_variant
 # What a checkpoint's tensors and its place in the training data depend on.
 FIXED_ON_RESUME = (
     *("variant", "family", "dataset", "resolution", "augment", "seed", "limit_train"),
-    *("batch_size", "accumulate", "optimizer", "freeze"),
+    *("batch_size", "accumulate", "optimizer", "freeze", "processes"),
 )
 
 
@@ -48,6 +48,7 @@ class Config:
     weights: str | None
     compile: bool
     profile: bool
+    processes: int
     clip_grad: float | None
     max_bad_steps: int
     checkpoint_minutes: float

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from effnet_fast import distributed
 from effnet_fast.amp import autocast
 from effnet_fast.augment import val_loader
 from effnet_fast.cli import ArgumentParser
@@ -42,7 +43,10 @@ def evaluate(
     device: torch.device,
     amp: str,
 ) -> Evaluation:
-    """Run a model in eval mode over batches of (images, class indices). top-5 of fewer than five classes is 100."""
+    """Run a model in eval mode over batches of (images, class indices). top-5 of fewer than five classes is 100.
+
+    Where several processes train, each gives its own batches and has the figures over all of them.
+    """
     model.eval()
     loss = torch.zeros((), dtype=torch.float64, device=device)
     top5 = torch.zeros((), dtype=torch.long, device=device)
@@ -57,6 +61,7 @@ def evaluate(
         top5 += hits.sum()
         total += labels.bincount(minlength=num_classes)
         right += labels[hits[:, 0]].bincount(minlength=num_classes)
+    distributed.add_up(loss, top5, total, right)
     count = total.sum().item()
     return Evaluation(loss.item() / count, 100 * top5.item() / count, total.cpu(), right.cpu())
 

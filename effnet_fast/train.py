@@ -5,6 +5,7 @@ import random
 import resource
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from datetime import datetime, timedelta
@@ -19,8 +20,9 @@ from torch.utils import deterministic
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from effnet_fast import distributed
 from effnet_fast.amp import AMP_DTYPES
-from effnet_fast.augment import AUGMENTS, AUTOAUGMENTS, Loader, train_loader, val_loader
+from effnet_fast.augment import AUGMENTS, AUTOAUGMENTS, Batch, Loader, train_loader, val_loader
 from effnet_fast.cli import ArgumentParser, at_least
 from effnet_fast.config import Config, fixed_difference, stored_options
 from effnet_fast.data import DATASETS, load_dataset
@@ -126,14 +128,21 @@ def main(argv: list[str] | None = None) -> None:
     keep_freed_memory()
     parser = _parser()
     try:
-        config, output, resume, state = _plan(parser, argv)
-        with use_backend(config.backend):
-            train(config, output, resume=resume, state=state)
+        with distributed.process_group():
+            config, output, resume, state = _plan(parser, argv)
+            # No process may write before all have seen what is there.
+            distributed.largest(0, device=torch.device(config.device))
+            with use_backend(config.backend):
+                train(config, output, resume=resume, state=state)
         return
     except Stopped as stopped:
         status, message = stopped.status, f"{stopped}; go on with --resume auto --output {output}"
     except (ValueError, OSError) as error:
         status, message = 2, f"error: {error}"
+    except RuntimeError as error:
+        if not distributed.lost_process(error):
+            raise
+        status, message = 1, "error: another process of this run ended; go on with --resume auto"
     # Only now, without the exception and the frames that it refers to: they hold the loaders, whose workers have to end
     # before this process does.
     parser.exit(status, f"{parser.prog}: {' '.join(message.split())}\n")
@@ -199,13 +208,17 @@ def _config(args: dict[str, Any]) -> Config:
     if args["backend"] is None:
         args["backend"] = current()
     if args["lr"] is None:
-        args["lr"] = default_lr(args["batch_size"] * args["accumulate"], args["optimizer"])
+        batch_size = args["batch_size"] * args["accumulate"] * distributed.processes()
+        args["lr"] = default_lr(batch_size, args["optimizer"])
     if args["weight_decay"] is None:
         args["weight_decay"] = OPTIMIZERS[args["optimizer"]].weight_decay
+    args["processes"] = distributed.processes()
     return Config(**args)
 
 
 def _device(name: str | None) -> torch.device:
+    if distributed.processes() > 1 and torch.cuda.is_available() and (name is None or name.startswith("cuda")):
+        return torch.device("cuda", distributed.local_rank())
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     usable = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
@@ -231,6 +244,7 @@ def train(config: Config, output: Path, *, resume: bool = False, state: dict[str
         "batch_size": config.batch_size,
         "num_workers": config.num_workers,
         "device": torch.device(config.device),
+        "shard": (distributed.rank(), distributed.processes()),
     }
     batches = train_loader(
         train_split,
@@ -251,38 +265,40 @@ def train(config: Config, output: Path, *, resume: bool = False, state: dict[str
         trainer.load_state_dict(state)
     elif config.weights is not None:
         for line in load_weights(trainer.model, Path(config.weights)):
-            print(line, flush=True)
+            if distributed.rank() == 0:
+                print(line, flush=True)
     stored = asdict(config) | {"input_size": config.input_size, "classes": data.classes}
-    if resume:
-        run = RunFolder(output)
-        run.reopen(stored, trainer.epoch)
-    else:
-        run = RunFolder.create(output, stored)
-    print(
-        f"Training {config.variant} ({config.family} family) on {config.dataset}: {parameters:,} parameters, "
-        f"{macs / 1e6:,.1f} M MACs at {config.input_size} px, {len(data.classes)} classes; "
-        f"{len(train_split):,} images, "
-        f"{config.epochs} x {len(batches)} steps of {config.batch_size}; {config.device}, amp {config.amp}, "
-        f"backend {config.backend}; {output}",
-        flush=True,
-    )
-    if resume:
-        print(f"Going on after {trainer.epoch} epochs and {trainer.step} steps", flush=True)
+    main_process = distributed.rank() == 0
+    run = RunFolder(output)
+    if main_process:
+        if resume:
+            run.reopen(stored, trainer.epoch)
+        else:
+            RunFolder.create(output, stored)
+        print(
+            f"Training {config.variant} ({config.family} family) on {config.dataset}: {parameters:,} parameters, "
+            f"{macs / 1e6:,.1f} M MACs at {config.input_size} px, {len(data.classes)} classes; "
+            f"{len(train_split):,} images, {config.epochs} x {len(batches)} steps of {config.batch_size}"
+            f"{f' in each of {config.processes} processes' if config.processes > 1 else ''}; "
+            f"{config.device}, amp {config.amp}, backend {config.backend}; {output}",
+            flush=True,
+        )
+        if resume:
+            print(f"Going on after {trainer.epoch} epochs and {trainer.step} steps", flush=True)
     checkpoints = _Checkpoints(run, trainer)
     start, first = time.perf_counter(), trainer.epoch + trainer.step / len(batches)
     with (
-        SummaryWriter(output / "tensorboard", purge_step=trainer.epoch) as board,
+        SummaryWriter(output / "tensorboard", purge_step=trainer.epoch) if main_process else nullcontext() as board,
         StopSignals() as signals,
-        _profiler(config, output) as profiler,
+        _profiler(config, output) if main_process else nullcontext() as profiler,
     ):
         try:
             while trainer.epoch < config.epochs:
                 epoch_start, epoch, lr = time.perf_counter(), trainer.epoch, trainer.lr
                 images_per_second = _train_epoch(trainer, batches, checkpoints, signals, profiler, start, first)
+                trainer.share_statistics()
                 raw, averaged = (
-                    evaluate(
-                        model, signals.between(val_batches.epoch(0)), len(data.classes), trainer.device, config.amp
-                    )
+                    evaluate(model, _val_batches(val_batches, signals), len(data.classes), trainer.device, config.amp)
                     for model in (trainer.model, trainer.ema.module)
                 )
                 metrics = {
@@ -297,24 +313,33 @@ def train(config: Config, output: Path, *, resume: bool = False, state: dict[str
                     "seconds": time.perf_counter() - epoch_start,
                     "peak_memory_bytes": _peak_memory(trainer.device),
                 }
-                run.append_metrics(metrics)
-                for name in ("val_loss", "val_top1", "val_top5", "ema_top1", "lr"):
-                    board.add_scalar(name, metrics[name], epoch)
+                if main_process:
+                    run.append_metrics(metrics)
+                    for name in ("val_loss", "val_top1", "val_top5", "ema_top1", "lr"):
+                        board.add_scalar(name, metrics[name], epoch)
                 improved = trainer.finish_epoch(max(raw.top1, averaged.top1))
                 checkpoints.save(best=improved)
-                plot_curves(run.metrics(), f"{config.variant} on {config.dataset}", output / "curves.png")
-                tqdm.write(
-                    f"epoch {trainer.epoch}/{config.epochs}: loss {metrics['train_loss']:.3f}, top-1 {raw.top1:.2f} %, "
-                    f"EMA {averaged.top1:.2f} %, {images_per_second:.0f} images/s, {metrics['seconds']:.0f} s"
-                )
+                if main_process:
+                    plot_curves(run.metrics(), f"{config.variant} on {config.dataset}", output / "curves.png")
+                    tqdm.write(
+                        f"epoch {trainer.epoch}/{config.epochs}: loss {metrics['train_loss']:.3f}, "
+                        f"top-1 {raw.top1:.2f} %, EMA {averaged.top1:.2f} %, {images_per_second:.0f} images/s, "
+                        f"{metrics['seconds']:.0f} s"
+                    )
         except Stopped:
             checkpoints.save()
             raise
-    print(f"Best top-1 {trainer.best:.2f} %, {timedelta(seconds=round(time.perf_counter() - start))}; {output}")
+    if main_process:
+        print(f"Best top-1 {trainer.best:.2f} %, {timedelta(seconds=round(time.perf_counter() - start))}; {output}")
+
+
+def _val_batches(batches: Loader, signals: StopSignals) -> Iterable[Batch]:
+    """A process on its own may stop between batches; several have unequal numbers of them and stop together later."""
+    return signals.between(batches.epoch(0)) if distributed.processes() == 1 else batches.epoch(0)
 
 
 class _Checkpoints:
-    """Writes a run's checkpoints, and knows when the next one is due."""
+    """Writes a run's checkpoints, in process 0, and knows when the next one is due."""
 
     def __init__(self, run: RunFolder, trainer: Trainer) -> None:
         self.run = run
@@ -322,13 +347,14 @@ class _Checkpoints:
         self._written = time.monotonic()
 
     def save(self, *, best: bool = False) -> None:
-        keep = self.trainer.config.keep_checkpoints
-        self.run.save_checkpoint(self.trainer.state_dict(), best=best, keep=keep)
+        state = self.trainer.state_dict()
+        if distributed.rank() == 0:
+            self.run.save_checkpoint(state, best=best, keep=self.trainer.config.keep_checkpoints)
         self._written = time.monotonic()
 
-    def save_if_due(self) -> None:
-        if time.monotonic() - self._written >= 60 * self.trainer.config.checkpoint_minutes:
-            self.save()
+    @property
+    def due(self) -> bool:
+        return time.monotonic() - self._written >= 60 * self.trainer.config.checkpoint_minutes
 
 
 def _profiler(config: Config, output: Path) -> AbstractContextManager[profile | None]:
@@ -358,7 +384,15 @@ def _train_epoch(
     start, images_before = time.perf_counter(), trainer.images
     description = f"epoch {trainer.epoch + 1}/{trainer.config.epochs}"
     total = len(batches)
-    with tqdm(total=total, initial=trainer.step, desc=description, unit="step", leave=False, dynamic_ncols=True) as bar:
+    with tqdm(
+        total=total,
+        initial=trainer.step,
+        desc=description,
+        unit="step",
+        leave=False,
+        dynamic_ncols=True,
+        disable=distributed.rank() > 0,
+    ) as bar:
         remaining = batches.epoch(trainer.epoch, trainer.step)
         while group := list(islice(remaining, trainer.config.accumulate)):
             trainer.train_step(group)
@@ -370,8 +404,12 @@ def _train_epoch(
             bar.update(len(group))
             if profiler is not None:
                 profiler.step()
-            checkpoints.save_if_due()
-            signals.check()
+            # All processes save, or stop, after the same step.
+            due, signal = distributed.largest(checkpoints.due, signals.received or 0, device=trainer.device)
+            if due:
+                checkpoints.save()
+            if signal:
+                raise Stopped(signal)
     _ = trainer.mean_loss  # waits for the device, so that the clock is read after it
     return (trainer.images - images_before) / (time.perf_counter() - start)
 

@@ -3,16 +3,18 @@
 import math
 import random
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from effnet_fast import __version__
+from effnet_fast import __version__, distributed
 from effnet_fast.amp import autocast
-from effnet_fast.augment import Batch
+from effnet_fast.augment import Batch, derive_seed
 from effnet_fast.config import Config
 from effnet_fast.divergence import Diverged, first_not_finite
 from effnet_fast.model import create_model
@@ -25,7 +27,7 @@ class Trainer:
     Attributes:
         epoch: epochs that are finished and evaluated.
         step: batches of the next epoch that are done.
-        images: examples in them.
+        images: examples in them, of all processes.
         best: the best top-1 so far, in percent.
         bad_steps: how many steps in a row, up to now, were skipped because loss or gradient were not finite.
     """
@@ -36,7 +38,13 @@ class Trainer:
         self.model = create_model(config.variant, classes, family=config.family)
         self.model.to(self.device).to(memory_format=torch.channels_last)
         self._frozen = _freeze(self.model, config.freeze)
-        self._compiled = torch.compile(self.model) if config.compile else self.model
+        self._replica: nn.Module = self.model
+        if config.processes > 1:
+            self._replica = DistributedDataParallel(self.model)
+            # All processes have the same weights now; from here on each draws its own random numbers.
+            if distributed.rank() > 0:
+                torch.manual_seed(derive_seed(config.seed, "process", distributed.rank()))
+        self._forward = torch.compile(self._replica) if config.compile else self._replica
         self.ema = make_ema(self.model, config.ema_decay, config.ema_warmup)
         self._parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = make_optimizer(self._parameters, config.lr, config.optimizer, config.weight_decay)
@@ -81,13 +89,16 @@ class Trainer:
         self.optimizer.zero_grad()
         count = sum(len(images) for images, _ in group)
         losses = torch.zeros((), device=self.device)
-        for images, labels in group:
-            with autocast(self.device, self.config.amp):
-                loss = self.criterion(self._compiled(images), labels)
-            self.scaler.scale(loss * (len(images) / count)).backward()
+        for number, (images, labels) in enumerate(group, 1):
+            with self._all_reduce_if(number == len(group)):
+                with autocast(self.device, self.config.amp):
+                    loss = self.criterion(self._forward(images), labels)
+                self.scaler.scale(loss * (len(images) / count)).backward()
             losses += loss.detach() * len(images)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        # Every process has the same gradients, but a loss of its own.
+        distributed.add_up(losses)
         # Reading the answer waits for the device; a GradScaler does so too.
         if bool(losses.isfinite() & norm.isfinite()):
             if self.config.clip_grad is not None:
@@ -95,7 +106,7 @@ class Trainer:
             self.scaler.step(self.optimizer)
             self.ema.update_parameters(self.model)
             self._loss_sum += losses
-            self.images += count
+            self.images += count * self.config.processes
             self.bad_steps = 0
         else:
             torch._foreach_copy_(self._buffers, self._buffers_before)
@@ -105,6 +116,12 @@ class Trainer:
         self.scaler.update()
         self.step += len(group)
 
+    def _all_reduce_if(self, last: bool) -> AbstractContextManager[None]:
+        """Gradients that are accumulated are added up over the processes once, with the last batch's."""
+        if last or not isinstance(self._replica, DistributedDataParallel):
+            return nullcontext()
+        return self._replica.no_sync()
+
     def _raise_diverged(self, images: Tensor) -> NoReturn:
         with autocast(self.device, self.config.amp):
             culprit = first_not_finite(self.model, images)
@@ -112,6 +129,11 @@ class Trainer:
             f"diverged: not finite first: {culprit}; this was the last of {self.bad_steps} such steps in a row "
             f"(epoch {self.epoch + 1}, step {self.step + 1}); a lower --lr or --clip-grad may help"
         )
+
+    def share_statistics(self) -> None:
+        """Give all processes the same running statistics, before the model is evaluated."""
+        distributed.share_buffers(self.model)
+        distributed.share_buffers(self.ema.module)
 
     def finish_epoch(self, score: float) -> bool:
         """Count the epoch as done. Returns whether its top-1 is the best so far."""
@@ -121,7 +143,10 @@ class Trainer:
         return improved
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the rest of the run depends on. The schedule is a function of config and epoch."""
+        """Everything that the rest of the run depends on. The schedule is a function of config and epoch.
+
+        To be called in all processes.
+        """
         return {
             "version": __version__,
             "config": asdict(self.config),
@@ -170,21 +195,25 @@ def _freeze(model: nn.Module, names: str | None) -> list[nn.Module]:
 
 
 def _rng_state(device: torch.device) -> dict[str, Any]:
-    """Of every generator that this process may draw from, in types that torch.load reads without executing."""
+    """Of every generator that the processes may draw from, in types that torch.load reads without executing.
+
+    torch's generators are every process's own, the other two are in the same state in all.
+    """
     name, keys, *rest = np.random.get_state(legacy=True)
     assert isinstance(keys, np.ndarray)
+    cuda = device.type == "cuda"
     return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "torch": distributed.gather(torch.get_rng_state(), device),
+        "cuda": distributed.gather(torch.cuda.get_rng_state(device), device) if cuda else None,
         "numpy": (name, keys.tolist(), *rest),
         "python": random.getstate(),
     }
 
 
 def _set_rng_state(state: dict[str, Any], device: torch.device) -> None:
-    torch.set_rng_state(state["torch"])
+    torch.set_rng_state(state["torch"][distributed.rank()])
     # A run may go on on another kind of device.
     if state["cuda"] is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
+        torch.cuda.set_rng_state(state["cuda"][distributed.rank()], device)
     np.random.set_state(state["numpy"])
     random.setstate(state["python"])

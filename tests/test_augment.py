@@ -402,9 +402,11 @@ def test_fast_applies_a_policy_to_each_image_after_its_crop(
     (plain, labels), *_ = batches(train(split, seed=5), epoch=3)
     (changed, same_labels), *_ = batches(train(split, seed=5, **options), epoch=3)
     assert torch.equal(labels, same_labels)
+    expected = levels(plain).round().to(torch.uint8)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(5, 3, "policy", 0))
-        expected = torch.stack([policy(image) for image in levels(plain).round().to(torch.uint8)])
+        for position in range(8):
+            torch.manual_seed(derive_seed(5, 3, "policy", position))
+            expected[position] = policy(expected[position])
     # Levels survive the normalization to float32 rounding; a level that is a tie would be another one.
     assert (levels(changed) - expected).abs().max() < 1.01
     assert (levels(changed) - expected).abs().mean() < 1e-3
@@ -479,6 +481,36 @@ def test_mixup_ratios_are_beta_distributed() -> None:
     exact = torch.maximum(exact, 1 - exact)
     # Five sigma of the mean of `count` draws.
     assert abs(shares.mean() - exact.mean()) < 5 * exact.std() / math.sqrt(count)
+
+
+# Shards
+
+
+@pytest.mark.parametrize(("augment", "options"), [("fast", {}), ("fast", {"randaugment": 5}), ("reference", {})])
+def test_shards_together_are_the_batches_of_one_process(augment: str, options: dict[str, Any]) -> None:
+    split = noise_split(29)
+    whole = batches(train(split, augment, batch_size=12, **options), epoch=2, start=1)
+    shards = [batches(train(split, augment, batch_size=4, shard=(i, 3), **options), epoch=2, start=1) for i in range(3)]
+    assert len(whole) == 1
+    together = [
+        (torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts]))
+        for parts in zip(*shards, strict=True)
+    ]
+    assert_same(together, whole)
+    with pytest.raises(ValueError, match="batch_size: 10 in each of 3 processes, more than 29 examples"):
+        train(split, augment, batch_size=10, shard=(0, 3))
+
+
+@pytest.mark.parametrize("count", [1, 4, 13, 16])
+def test_shards_of_the_validation_have_every_example_once(count: int) -> None:
+    split = noise_split(count)
+    shared: dict[str, Any] = {"augment": "fast", "size": 8, "batch_size": 4}
+    whole = batches(val_loader(split, **shared))
+    loaders = [val_loader(split, shard=(i, 3), **shared) for i in range(3)]
+    shards = [batches(loader) for loader in loaders]
+    assert [len(loader) for loader in loaders] == [len(shard) for shard in shards]
+    assert_same([shards[i % 3][i // 3] for i in range(len(whole))], whole)
+    assert sum(len(labels) for shard in shards for _, labels in shard) == count
 
 
 # Validation
