@@ -74,7 +74,9 @@ def make_optimizer(
 
 
 def make_loss(label_smoothing: float = LABEL_SMOOTHING) -> nn.Module:
-    """Cross-entropy with label smoothing; takes class indices or soft targets."""
+    """Cross-entropy with label smoothing (ValueError outside 0..1); takes class indices or soft targets."""
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing: got {label_smoothing}, must be from 0 to 1")
     return nn.CrossEntropyLoss(label_smoothing=label_smoothing)
 
 
@@ -87,7 +89,12 @@ def ema_decay(updates: int, decay: float = EMA_DECAY, warmup: bool = True) -> fl
 
 
 def make_ema(model: nn.Module, decay: float = EMA_DECAY, warmup: bool = True) -> AveragedModel:
-    """An exponential moving average of a model's parameters and running statistics; update it after every step."""
+    """An exponential moving average of a model's parameters and running statistics; update it after every step.
+
+    Raises ValueError unless the decay is in 0..1.
+    """
+    if not 0 <= decay <= 1:
+        raise ValueError(f"ema_decay: got {decay}, must be from 0 to 1")
 
     def update(averaged: Any, current: Any, updates: Tensor | int) -> None:
         weight = 1 - ema_decay(int(updates), decay, warmup)

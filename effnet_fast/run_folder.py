@@ -139,10 +139,14 @@ class RunFolder:
 
     def append_metrics(self, metrics: dict[str, float]) -> None:
         """Add one epoch's line to metrics.jsonl."""
-        with open(self.path / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(metrics) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        path = self.path / "metrics.jsonl"
+        try:
+            with open(path, "a") as file:
+                file.write(json.dumps(metrics) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise RunError(f"{path}: can't be written: {error.strerror}") from None
 
     def metrics(self) -> list[dict[str, float]]:
         """All epochs so far."""

@@ -116,6 +116,13 @@ def test_ema_without_warmup_and_with_another_decay() -> None:
     assert ema.module.weight.item() == 0.75 * (0.75 * 1 + 0.25 * 2) + 0.25 * 3  # exact in binary
 
 
+def test_shares_are_from_0_to_1() -> None:
+    with pytest.raises(ValueError, match=r"label_smoothing: got 1\.5, must be from 0 to 1"):
+        make_loss(1.5)
+    with pytest.raises(ValueError, match=r"ema_decay: got 1\.5, must be from 0 to 1"):
+        make_ema(nn.Linear(1, 1), 1.5)
+
+
 def test_ema_warms_up_and_ends_at_the_study_decay() -> None:
     assert ema_decay(0) == 0.1
     assert ema_decay(90) == 0.91
