@@ -5,10 +5,11 @@ before it and however many workers there are, and the caller's generators are le
 """
 
 import hashlib
+import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -16,8 +17,10 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from effnet_fast.data import DataError, Split, TensorSplit, resize_square, source_side
+from effnet_fast.signals import SIGNALS
 
 AUGMENTS = ("reference", "fast")
+AUTOAUGMENTS = tuple(policy.value for policy in v2.AutoAugmentPolicy)
 
 # ImageNet's, of pixels in 0..1.
 MEAN = (0.485, 0.456, 0.406)
@@ -45,7 +48,11 @@ def train_loader(
     num_workers: int = 0,
     device: torch.device | str = "cpu",
     mixup: float = 0.0,
+    cutmix: float = 0.0,
     num_classes: int | None = None,
+    autoaugment: str | None = None,
+    randaugment: int | None = None,
+    shard: tuple[int, int] = (0, 1),
 ) -> "Loader":
     """Shuffled, augmented batches; the last partial batch is dropped unless it is the only one.
 
@@ -61,23 +68,25 @@ def train_loader(
         device: where the batches are.
         mixup: alpha of the Beta(alpha, alpha) distribution that each batch's mixing ratio is drawn from;
             0 mixes nothing.
-        num_classes: needed with mixup.
+        cutmix: the same of CutMix. With both, each batch takes one of them.
+        num_classes: needed with mixup and cutmix.
+        autoaugment: AutoAugment policy of AUTOAUGMENTS; None is cifar10 in `reference`, no AutoAugment in `fast`.
+        randaugment: magnitude of RandAugment in place of AutoAugment. In `fast`, both cost a call an image.
+        shard: (number, count) of the process among those that share each step: together their batches are one of
+            `count * batch_size` examples, augmented as it would be in one process.
 
     Raises:
         ValueError: an argument out of range.
         DataError: an empty split, or an image that can't be read.
     """
     _check_arguments(split, augment, size, batch_size, num_workers)
-    if mixup < 0:
-        raise ValueError(f"mixup: {mixup}, must be at least 0")
-    if mixup > 0 and num_classes is None:
-        raise ValueError("num_classes: None, must be given with mixup")
+    policy = _policy(autoaugment, randaugment)
     fetch: Callable[[_Job], Batch]
     if augment == "fast":
         num_workers = 0
-        fetch = _FastTraining(split.to_tensor(size), size, seed, torch.device(device))
+        fetch = _FastTraining(split.to_tensor(size), size, seed, torch.device(device), policy)
     else:
-        fetch = _ReferenceTraining(split, size, seed)
+        fetch = _ReferenceTraining(split, size, seed, policy or v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10))
     return Loader(
         fetch,
         len(split),
@@ -85,8 +94,8 @@ def train_loader(
         seed=seed,
         num_workers=num_workers,
         device=torch.device(device),
-        mixup=mixup,
-        num_classes=num_classes,
+        mix=_mix(mixup, cutmix, num_classes),
+        shard=shard,
     )
 
 
@@ -98,13 +107,15 @@ def val_loader(
     batch_size: int,
     num_workers: int = 0,
     device: torch.device | str = "cpu",
+    shard: tuple[int, int] = (0, 1),
 ) -> "Loader":
     """Every example in order: resized to int(size / 0.875), bicubic, and its centre cropped to `size`.
 
     The batches are the same for every `augment`. `fast` reads an image folder once and keeps its pixels on
     the device, `reference` reads it again in every epoch, in `num_workers` processes.
 
-    Args and Raises: as `train_loader`.
+    shard: (number, count) of the process among those that share the batches; each batch is one process's.
+    Other Args, and Raises: as `train_loader`.
     """
     _check_arguments(split, augment, size, batch_size, num_workers)
     fetch: Callable[[_Job], Batch]
@@ -113,7 +124,7 @@ def val_loader(
         fetch = _TensorValidation(split.to_tensor(size), size, torch.device(device))
     else:
         fetch = _FileValidation(split, size)
-    return Loader(fetch, len(split), batch_size, num_workers=num_workers, device=torch.device(device))
+    return Loader(fetch, len(split), batch_size, num_workers=num_workers, device=torch.device(device), shard=shard)
 
 
 def _check_arguments(split: Split, augment: str, size: int, batch_size: int, num_workers: int) -> None:
@@ -128,11 +139,16 @@ def _check_arguments(split: Split, augment: str, size: int, batch_size: int, num
 
 
 class _Job(NamedTuple):
-    """One batch: which examples, and where in which epoch."""
+    """One batch: which examples, where in which epoch, and which part of it is this process's."""
 
     epoch: int
     position: int
     indices: list[int]
+    part: slice
+
+    def examples(self) -> list[tuple[int, int]]:
+        """(position in the epoch, index) of this process's examples."""
+        return list(enumerate(self.indices, self.position))[self.part]
 
 
 class _Schedule:
@@ -177,15 +193,18 @@ class Loader:
         seed: int | None = None,
         num_workers: int,
         device: torch.device,
-        mixup: float = 0.0,
-        num_classes: int | None = None,
+        mix: Callable[[Tensor, Tensor], Batch] | None = None,
+        shard: tuple[int, int] = (0, 1),
     ) -> None:
+        processes = shard[1]
+        if seed is not None and processes > 1 and count < processes * batch_size:
+            raise ValueError(f"batch_size: {batch_size} in each of {processes} processes, more than {count} examples")
         self._count = count
         self._batch_size = batch_size
         self._seed = seed
         self._device = device
-        self._mixup = mixup
-        self._num_classes = num_classes
+        self._mix = mix
+        self._shard = shard
         self._schedule = _Schedule()
         self._batches = DataLoader(
             _Fetcher(fetch),
@@ -199,10 +218,11 @@ class Loader:
         )
 
     def __len__(self) -> int:
-        """Batches in an epoch."""
+        """Batches in an epoch, of this process."""
+        number, processes = self._shard
         if self._seed is None:
-            return -(-self._count // self._batch_size)
-        return max(1, self._count // self._batch_size)
+            return len(range(self._count)[:: self._batch_size][number::processes])
+        return max(1, self._count // (self._batch_size * processes))
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from number `start` on. One epoch at a time: a new one ends the one before.
@@ -214,33 +234,37 @@ class Loader:
         if not 0 <= start <= len(self):
             raise ValueError(f"start: {start}, must be from 0 to {len(self)}")
         self._schedule.jobs = self._jobs(epoch)[start:]
-        return self._iterate(self._schedule.jobs, iter(self._batches))
+        # A terminal or a supervisor signals all processes, but the one that trains decides when its workers end: those
+        # that are started here are deaf to it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            batches = iter(self._batches)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return self._iterate(self._schedule.jobs, batches)
 
     def _jobs(self, epoch: int) -> list[_Job]:
+        number, processes = self._shard
         if self._seed is None:
-            order = torch.arange(self._count)
+            order, size, part = torch.arange(self._count), self._batch_size, slice(None)
+            starts = range(0, self._count, size)[number::processes]
         else:
             order = torch.randperm(self._count, generator=_generator(self._seed, epoch, "order"))
-        starts = range(0, len(self) * self._batch_size, self._batch_size)
-        return [_Job(epoch, i, order[i : i + self._batch_size].tolist()) for i in starts]
+            size = self._batch_size * processes
+            part = slice(number * self._batch_size, (number + 1) * self._batch_size)
+            starts = range(0, len(self) * size, size)
+        return [_Job(epoch, i, order[i : i + size].tolist(), part) for i in starts]
 
     def _iterate(self, jobs: list[_Job], batches: Iterator[Batch | str]) -> Iterator[Batch]:
         for job, batch in zip(jobs, batches, strict=True):
             if isinstance(batch, str):
                 raise DataError(batch)
             images, labels = (tensor.to(self._device, non_blocking=True) for tensor in batch)
-            if self._mixup > 0:
-                images, labels = self._mix(images, labels, job)
+            if self._mix is not None:
+                with _seeded(self._seed, job.epoch, "mix", job.position):
+                    images, labels = self._mix(images, labels)
+                images = images.contiguous(memory_format=torch.channels_last)
             yield images, labels
-
-    def _mix(self, images: Tensor, labels: Tensor, job: _Job) -> Batch:
-        assert self._seed is not None
-        assert self._num_classes is not None
-        rng = np.random.default_rng(derive_seed(self._seed, job.epoch, "mixup", job.position))
-        ratio = rng.beta(self._mixup, self._mixup)
-        targets = torch.nn.functional.one_hot(labels, self._num_classes).to(torch.float32)
-        # The batch is in random order, so that the neighbour is a random partner.
-        return images.lerp(images.roll(1, 0), ratio), targets.lerp(targets.roll(1, 0), ratio)
 
 
 def derive_seed(*key: int | str) -> int:
@@ -253,11 +277,45 @@ def _generator(*key: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(derive_seed(*key))
 
 
+@contextmanager
+def _seeded(*key: int | str) -> Iterator[None]:
+    """torch's generator of the CPU, which its transforms draw from, seeded by the key; as it was before afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        # torch.manual_seed would touch CUDA's as well.
+        torch.default_generator.manual_seed(derive_seed(*key))
+        yield
+
+
+def _mix(mixup: float, cutmix: float, num_classes: int | None) -> Callable[[Tensor, Tensor], Batch] | None:
+    for name, alpha in (("mixup", mixup), ("cutmix", cutmix)):
+        if alpha < 0:
+            raise ValueError(f"{name}: {alpha}, must be at least 0")
+        if alpha > 0 and num_classes is None:
+            raise ValueError(f"num_classes: None, must be given with {name}")
+    mixes = [v2.MixUp(alpha=mixup, num_classes=num_classes)] if mixup > 0 else []
+    mixes += [v2.CutMix(alpha=cutmix, num_classes=num_classes)] if cutmix > 0 else []
+    return v2.RandomChoice(mixes) if mixes else None
+
+
+def _policy(autoaugment: str | None, randaugment: int | None) -> v2.Transform | None:
+    if randaugment is not None:
+        if autoaugment is not None:
+            raise ValueError("randaugment: takes the place of autoaugment, give one of them")
+        if not 0 <= randaugment <= 30:
+            raise ValueError(f"randaugment: {randaugment}, must be from 0 to 30")
+        return v2.RandAugment(magnitude=randaugment)
+    if autoaugment is None:
+        return None
+    if autoaugment not in AUTOAUGMENTS:
+        raise ValueError(f"autoaugment: {autoaugment!r} is unknown, choose from {', '.join(AUTOAUGMENTS)}")
+    return v2.AutoAugment(v2.AutoAugmentPolicy(autoaugment))
+
+
 # reference
 
 
 class _ReferenceTraining:
-    def __init__(self, split: Split, size: int, seed: int) -> None:
+    def __init__(self, split: Split, size: int, seed: int, policy: v2.Transform) -> None:
         self.split = split
         self.seed = seed
         self.transform = v2.Compose(
@@ -265,7 +323,7 @@ class _ReferenceTraining:
                 # AutoAugment's operations are defined by Pillow's.
                 v2.ToPILImage(),
                 v2.RandomResizedCrop(size, CROP_SCALE, CROP_RATIO, v2.InterpolationMode.BICUBIC),
-                v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10),
+                policy,
                 v2.RandomHorizontalFlip(),
                 v2.PILToTensor(),
                 v2.ToDtype(torch.float32, scale=True),
@@ -277,13 +335,11 @@ class _ReferenceTraining:
     def __call__(self, job: _Job) -> Batch:
         images = []
         labels = []
-        # The transforms draw from torch's global generator. torch.manual_seed would touch CUDA's as well.
-        with torch.random.fork_rng(devices=[]):
-            for position, index in enumerate(job.indices, job.position):
-                torch.default_generator.manual_seed(derive_seed(self.seed, job.epoch, "augment", position))
-                image, label = self.split[index]
+        for position, index in job.examples():
+            image, label = self.split[index]
+            with _seeded(self.seed, job.epoch, "augment", position):
                 images.append(self.transform(image))
-                labels.append(label)
+            labels.append(label)
         return torch.stack(images).contiguous(memory_format=torch.channels_last), torch.tensor(labels)
 
 
@@ -313,20 +369,32 @@ class _TensorValidation:
 
 
 class _FastTraining:
-    def __init__(self, split: TensorSplit, size: int, seed: int, device: torch.device) -> None:
+    def __init__(
+        self, split: TensorSplit, size: int, seed: int, device: torch.device, policy: v2.Transform | None
+    ) -> None:
         self.images = split.images.to(device)
         self.labels = split.labels.to(device)
         self.size = size
         self.seed = seed
+        self.policy = policy
 
     def __call__(self, job: _Job) -> Batch:
         generator = _generator(self.seed, job.epoch, "augment", job.position)
-        chosen = torch.tensor(job.indices, device=self.images.device)
+        # Drawn for the examples of all processes.
+        count = len(job.indices)
+        boxes = random_crops(generator, count, self.images.shape[2], self.images.shape[3])[job.part]
+        flipped = (torch.rand(count, generator=generator) < 0.5)[job.part]
+        holes = random_holes(generator, count, self.size)[job.part]
+        chosen = torch.tensor(job.indices[job.part], device=self.images.device)
         images = self.images[chosen]
-        boxes = random_crops(generator, len(images), images.shape[2], images.shape[3])
-        flipped = torch.rand(len(images), generator=generator) < 0.5
-        holes = random_holes(generator, len(images), self.size)
         pixels = crop_resize_flip(images, boxes, flipped, self.size)
+        if self.policy is not None:
+            levels = pixels.round().to(torch.uint8).permute(0, 3, 1, 2)
+            changed = []
+            for (position, _), image in zip(job.examples(), levels, strict=True):
+                with _seeded(self.seed, job.epoch, "policy", position):
+                    changed.append(self.policy(image))
+            pixels = torch.stack(changed).permute(0, 2, 3, 1)
         return _erase(_normalize(pixels), holes), self.labels[chosen]
 
 

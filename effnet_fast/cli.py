@@ -3,13 +3,19 @@
 import argparse
 import math
 from collections.abc import Callable
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
+
+from effnet_fast import __version__
 
 Number = TypeVar("Number", int, float)
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse, but a wrong option ends in a single line on stderr (exit status 2), without the usage text."""
+    """argparse with --version; wrong options end in one line on stderr (exit status 2), without the usage text."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.add_argument("--version", action="version", version=f"effnet_fast {__version__}")
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")

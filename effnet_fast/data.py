@@ -4,6 +4,7 @@ Files are untrusted: a CIFAR batch is interpreted as data (nothing in it is impo
 never chooses where its members are written, and an image is refused before it is decoded if it is too large.
 """
 
+import gzip
 import hashlib
 import pickletools
 import tarfile
@@ -247,6 +248,19 @@ def _download_cifar10(data_dir: Path) -> None:
         ) from error
 
 
+class _CappedGzip(gzip.GzipFile):
+    """A file to read no more than the official archive's content from."""
+
+    left = len(_CIFAR_MD5) * _CIFAR_MAX_BYTES
+
+    def read(self, size: int | None = -1) -> bytes:
+        content = super().read(size)
+        self.left -= len(content)
+        if self.left < 0:
+            raise DataError(f"{self.name}: not the official archive, it has too much content")
+        return content
+
+
 def _extract_cifar10(archive: Path) -> Path:
     """Extract the seven expected files beside the archive; whatever else it holds is ignored."""
     target = archive.parent / CIFAR10.base_folder
@@ -255,7 +269,8 @@ def _extract_cifar10(archive: Path) -> Path:
         with tempfile.TemporaryDirectory(dir=archive.parent) as temporary:
             folder = Path(temporary) / CIFAR10.base_folder
             folder.mkdir()
-            with tarfile.open(archive, "r:gz") as tar:
+            # Read as a stream, because tarfile alone would unpack a header of any size into memory.
+            with _CappedGzip(archive) as unpacked, tarfile.open(fileobj=unpacked, mode="r|") as tar:
                 for number, member in enumerate(tar):
                     if number >= _CIFAR_MAX_MEMBERS or member.size > _CIFAR_MAX_BYTES:
                         raise DataError(f"{archive}: not the official archive, it has too much content")
@@ -466,6 +481,9 @@ def _list_images(directory: Path, classes: tuple[str, ...]) -> FolderSplit:
 
 
 def _read_image(path: Path) -> Tensor:
+    # Opening a pipe would wait for someone to write to it.
+    if not path.is_file():
+        raise DataError(f"{path}: not a file")
     try:
         with Image.open(path, formats=_IMAGE_FORMATS) as image:
             width, height = image.size

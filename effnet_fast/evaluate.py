@@ -8,14 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from effnet_fast import distributed
 from effnet_fast.amp import autocast
 from effnet_fast.augment import val_loader
 from effnet_fast.cli import ArgumentParser
+from effnet_fast.config import stored_options
 from effnet_fast.data import load_dataset
 from effnet_fast.memory import keep_freed_memory
 from effnet_fast.model import create_model
 from effnet_fast.passes.backend import use_backend
-from effnet_fast.run_folder import CHECKPOINTS, RunFolder
+from effnet_fast.run_folder import CHECKPOINTS, RunError, RunFolder
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,10 @@ def evaluate(
     device: torch.device,
     amp: str,
 ) -> Evaluation:
-    """Run a model in eval mode over batches of (images, class indices). top-5 of fewer than five classes is 100."""
+    """Run a model in eval mode over batches of (images, class indices). top-5 of fewer than five classes is 100.
+
+    Where several processes train, each gives its own batches and has the figures over all of them.
+    """
     model.eval()
     loss = torch.zeros((), dtype=torch.float64, device=device)
     top5 = torch.zeros((), dtype=torch.long, device=device)
@@ -56,6 +61,7 @@ def evaluate(
         top5 += hits.sum()
         total += labels.bincount(minlength=num_classes)
         right += labels[hits[:, 0]].bincount(minlength=num_classes)
+    distributed.add_up(loss, top5, total, right)
     count = total.sum().item()
     return Evaluation(loss.item() / count, 100 * top5.item() / count, total.cpu(), right.cpu())
 
@@ -75,6 +81,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         _report(args.run, args.checkpoint, args.data_dir, args.device)
+    except KeyError as error:
+        parser.error(f"{args.run / 'config.json'}: lacks {error}; give the folder of a training run")
     except ValueError as error:
         parser.error(str(error))
 
@@ -82,6 +90,7 @@ def main(argv: list[str] | None = None) -> None:
 def _report(run_path: Path, checkpoint: str, data_dir: str | None, device_name: str | None) -> None:
     run = RunFolder(run_path)
     config = run.config()
+    stored_options(config)
     state = run.load_checkpoint(checkpoint)
     device = torch.device(device_name or config["device"])
     data = load_dataset(config["dataset"], data_dir or config["data_dir"], verify=config["verify"])
@@ -99,10 +108,15 @@ def _report(run_path: Path, checkpoint: str, data_dir: str | None, device_name: 
     model.to(device).to(memory_format=torch.channels_last)
     results = {}
     for weights in ("model", "ema"):
-        model.load_state_dict(state[weights])
+        try:
+            model.load_state_dict(state[weights])
+        except (RuntimeError, TypeError, AttributeError):
+            raise RunError(f"{run_path}: the {checkpoint} checkpoint does not fit the run's configuration") from None
         with use_backend(config["backend"]):
             results[weights] = evaluate(model, loader.epoch(0), classes, device, config["amp"])
-    print(f"{run_path}: {checkpoint} checkpoint, epoch {state['epoch']}, {len(val)} images of {config['dataset']}")
+    print(
+        f"{run_path}: {checkpoint} checkpoint after {state['epoch']} epochs, {len(val)} images of {config['dataset']}"
+    )
     print(f"{'':20} {'images':>7} {'weights':>9} {'EMA':>9}")
     columns = [results["model"], results["ema"]]
     rows = [("loss", [r.loss for r in columns]), ("top-1 %", [r.top1 for r in columns])]

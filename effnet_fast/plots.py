@@ -5,6 +5,8 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from effnet_fast.run_folder import write_atomic
+
 
 def plot_curves(metrics: list[dict[str, float]], title: str, path: Path) -> None:
     """Draw top-1 (raw and EMA weights) and losses over the epochs of one run into an image file."""
@@ -21,4 +23,4 @@ def plot_curves(metrics: list[dict[str, float]], title: str, path: Path) -> None
     accuracy.set_ylabel("top-1, %")
     loss.set_ylabel("cross-entropy")
     figure.suptitle(title)
-    figure.savefig(path, dpi=120)
+    write_atomic(path, lambda file: figure.savefig(file, format=path.suffix[1:], dpi=120))

@@ -1,7 +1,8 @@
-"""The study's training recipe as pure functions of a few numbers: optimizer, schedule, loss, EMA."""
+"""The training recipe as functions of a few numbers: optimizer, schedule, loss, EMA. The defaults are the study's."""
 
+import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,44 +12,94 @@ WARMUP_EPOCHS = 10
 EMA_DECAY = 0.9999
 LABEL_SMOOTHING = 0.1
 
-
-def default_lr(batch_size: int) -> float:
-    """Peak learning rate: 0.256 for a batch of 256, in proportion to the batch (paper, section 5.2)."""
-    return 0.256 * batch_size / 256
+SCHEDULES = ("exponential", "cosine")
 
 
-def lr_factor(epoch: int) -> float:
-    """The learning rate of an epoch (from 0) over its peak: ten epochs of linear warm-up, then 0.97 every 2.4."""
+class Preset(NamedTuple):
+    """An optimizer's defaults: the peak learning rate for a batch of 256, and the weight decay."""
+
+    lr: float
+    weight_decay: float
+
+
+# RMSprop: paper, section 5.2. SGD: Goyal et al. 2017. AdamW: Touvron et al. 2021.
+OPTIMIZERS = {
+    "rmsprop": Preset(0.256, 1e-5),
+    "rmsprop-tf": Preset(0.256, 1e-5),
+    "sgd": Preset(0.1, 1e-4),
+    "adamw": Preset(2.5e-4, 0.05),
+}
+
+
+def default_lr(batch_size: int, optimizer: str = "rmsprop") -> float:
+    """Peak learning rate: the optimizer's for a batch of 256, in proportion to the batch."""
+    return OPTIMIZERS[optimizer].lr * batch_size / 256
+
+
+def lr_factor(epoch: int, schedule: str = "exponential", epochs: int = 0) -> float:
+    """The learning rate of an epoch (from 0) over its peak: ten epochs of linear warm-up, then the schedule.
+
+    schedule: "exponential", 0.97 every 2.4 epochs; or "cosine", half a cosine down to 0 at the end of `epochs`
+        (Loshchilov & Hutter 2017).
+    """
     if epoch < WARMUP_EPOCHS:
         return (epoch + 1) / WARMUP_EPOCHS
+    if schedule == "cosine":
+        return (1 + math.cos(math.pi * (epoch - WARMUP_EPOCHS) / (epochs - WARMUP_EPOCHS))) / 2
     return 0.97 ** ((epoch - WARMUP_EPOCHS) / 2.4)
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-    """RMSprop as the study has it: alpha .9, momentum .9, eps .1, weight decay 1e-5 on all parameters."""
-    return torch.optim.RMSprop(parameters, lr=lr, alpha=0.9, momentum=0.9, eps=0.1, weight_decay=1e-5)
+def make_optimizer(
+    parameters: Iterable[nn.Parameter], lr: float, name: str = "rmsprop", weight_decay: float | None = None
+) -> torch.optim.Optimizer:
+    """An optimizer of OPTIMIZERS; weight decay on all parameters.
+
+    "rmsprop": as the study has it, alpha .9, momentum .9, eps .1. "rmsprop-tf": TensorFlow's rule, by timm (eps .001
+    under the root, squares start at 1, learning rate inside the momentum). "sgd": Nesterov momentum .9.
+    Raises ValueError if timm is needed and missing.
+    """
+    if weight_decay is None:
+        weight_decay = OPTIMIZERS[name].weight_decay
+    if name == "sgd":
+        return torch.optim.SGD(parameters, lr=lr, momentum=0.9, nesterov=True, weight_decay=weight_decay)
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+    if name == "rmsprop-tf":
+        try:
+            from timm.optim import RMSpropTF
+        except ImportError:
+            raise ValueError("--optimizer rmsprop-tf: timm is not installed, run `pip install timm`") from None
+        return RMSpropTF(parameters, lr=lr, alpha=0.9, momentum=0.9, eps=1e-3, weight_decay=weight_decay)
+    return torch.optim.RMSprop(parameters, lr=lr, alpha=0.9, momentum=0.9, eps=0.1, weight_decay=weight_decay)
 
 
-def make_loss() -> nn.Module:
-    """Cross-entropy with label smoothing .1; takes class indices or soft targets."""
-    return nn.CrossEntropyLoss(label_smoothing=LABEL_SMOOTHING)
+def make_loss(label_smoothing: float = LABEL_SMOOTHING) -> nn.Module:
+    """Cross-entropy with label smoothing (ValueError outside 0..1); takes class indices or soft targets."""
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing: got {label_smoothing}, must be from 0 to 1")
+    return nn.CrossEntropyLoss(label_smoothing=label_smoothing)
 
 
-def ema_decay(updates: int) -> float:
-    """Decay of the next EMA update: (1 + n) / (10 + n) after n updates, at most .9999.
+def ema_decay(updates: int, decay: float = EMA_DECAY, warmup: bool = True) -> float:
+    """Decay of the next EMA update: (1 + n) / (10 + n) after n updates, at most `decay`; always that without warm-up.
 
     Without the warm-up, an average with decay .9999 still holds mostly the initial weights after 10,000 steps.
     """
-    return min(EMA_DECAY, (1 + updates) / (10 + updates))
+    return min(decay, (1 + updates) / (10 + updates)) if warmup else decay
 
 
-def make_ema(model: nn.Module) -> AveragedModel:
-    """An exponential moving average of a model's parameters and running statistics; update it after every step."""
+def make_ema(model: nn.Module, decay: float = EMA_DECAY, warmup: bool = True) -> AveragedModel:
+    """An exponential moving average of a model's parameters and running statistics; update it after every step.
+
+    Raises ValueError unless the decay is in 0..1.
+    """
+    if not 0 <= decay <= 1:
+        raise ValueError(f"ema_decay: got {decay}, must be from 0 to 1")
 
     def update(averaged: Any, current: Any, updates: Tensor | int) -> None:
-        decay = ema_decay(int(updates))
+        weight = 1 - ema_decay(int(updates), decay, warmup)
         if averaged[0].is_floating_point():
-            torch._foreach_lerp_(averaged, current, 1 - decay)
+            torch._foreach_lerp_(averaged, current, weight)
         else:
             torch._foreach_copy_(averaged, current)
 

@@ -1,62 +1,42 @@
 """Train a variant: ``python -m effnet_fast.train --variant compound`` is the study's run on CIFAR-10."""
 
 import os
+import random
 import resource
 import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from datetime import datetime, timedelta
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
-from torch.optim.swa_utils import AveragedModel
+from torch.profiler import profile, schedule
 from torch.utils import deterministic
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from effnet_fast.amp import AMP_DTYPES, autocast
-from effnet_fast.augment import AUGMENTS, Loader, train_loader, val_loader
+from effnet_fast import distributed
+from effnet_fast.amp import AMP_DTYPES
+from effnet_fast.augment import AUGMENTS, AUTOAUGMENTS, Batch, Loader, train_loader, val_loader
 from effnet_fast.cli import ArgumentParser, at_least
+from effnet_fast.config import Config, fixed_difference, stored_options
 from effnet_fast.data import DATASETS, load_dataset
 from effnet_fast.evaluate import evaluate
 from effnet_fast.memory import keep_freed_memory
-from effnet_fast.model import create_model
 from effnet_fast.passes.backend import BACKENDS, current, use_backend
 from effnet_fast.plots import plot_curves
-from effnet_fast.recipe import default_lr, lr_factor, make_ema, make_loss, make_optimizer
-from effnet_fast.run_folder import RunFolder
-from effnet_fast.scaling import BASE_RESOLUTION, FAMILIES, VARIANTS, get_family, get_variant
+from effnet_fast.recipe import EMA_DECAY, LABEL_SMOOTHING, OPTIMIZERS, SCHEDULES, default_lr
+from effnet_fast.run_folder import RunError, RunFolder, read_checkpoint
+from effnet_fast.scaling import BASE_RESOLUTION, FAMILIES, VARIANTS
+from effnet_fast.signals import Stopped, StopSignals
 from effnet_fast.summary import count_macs
-
-
-@dataclass(frozen=True)
-class Config:
-    """Everything that decides a run's result; config.json holds it, with what follows from it."""
-
-    variant: str
-    family: str
-    dataset: str
-    data_dir: str | None
-    verify: bool
-    resolution: int
-    epochs: int
-    batch_size: int
-    lr: float
-    augment: str
-    amp: str
-    seed: int
-    limit_train: int | None
-    limit_val: int | None
-    num_workers: int
-    device: str
-    backend: str
-
-    @property
-    def input_size(self) -> int:
-        """Height and width of the network's input in pixels."""
-        return get_family(self.family).input_size(get_variant(self.variant, self.family).scaling, self.resolution)
+from effnet_fast.trainer import Trainer
+from effnet_fast.weights import load_weights
 
 
 def _parser() -> ArgumentParser:
@@ -84,6 +64,58 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--amp", choices=AMP_DTYPES, help="mixed precision; default: fp16 on CUDA, else off")
     parser.add_argument("--seed", type=at_least(0), default=0, help="default: 0")
     parser.add_argument("--output", type=Path, help="run folder; default: runs/VARIANT-DATASET-TIME")
+    parser.add_argument(
+        "--resume",
+        metavar="auto|CHECKPOINT",
+        help="go on with the run in --output from its newest good checkpoint (auto; a new run if there is none), "
+        "or from the checkpoint named; the run's own options are the defaults then",
+    )
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="rmsprop", help="default: rmsprop")
+    parser.add_argument("--weight-decay", type=at_least(0.0), help="default: the optimizer's, 1e-5 for rmsprop")
+    parser.add_argument(
+        "--schedule", choices=SCHEDULES, default="exponential", help="after ten epochs of warm-up; default: exponential"
+    )
+    parser.add_argument("--label-smoothing", type=at_least(0.0), default=LABEL_SMOOTHING, help="default: 0.1")
+    parser.add_argument("--ema-decay", type=at_least(0.0), default=EMA_DECAY, help="default: 0.9999")
+    parser.add_argument(
+        "--no-ema-warmup", dest="ema_warmup", action="store_false", help="use the decay from the first step on"
+    )
+    parser.add_argument("--accumulate", type=at_least(1), default=1, help="batches that make a step; default: 1")
+    parser.add_argument("--mixup", type=at_least(0.0), default=0.0, help="alpha of mixup; default: 0, off")
+    parser.add_argument(
+        "--cutmix", type=at_least(0.0), default=0.0, help="alpha of CutMix, by turns with mixup; default: 0, off"
+    )
+    parser.add_argument(
+        "--autoaugment", choices=AUTOAUGMENTS, help="AutoAugment policy; default: cifar10 in reference, none in fast"
+    )
+    parser.add_argument(
+        "--randaugment", type=at_least(0), metavar="MAGNITUDE", help="RandAugment in place of AutoAugment, 0 to 30"
+    )
+    parser.add_argument(
+        "--freeze", metavar="MODULES", help="names with commas, as stem,stages.0,stages.1: these stay as they are"
+    )
+    parser.add_argument(
+        "--weights", help="start from the weights in a file: of this package, torchvision or timm; .pt or .safetensors"
+    )
+    parser.add_argument("--compile", action="store_true", help="train through torch.compile")
+    parser.add_argument("--profile", action="store_true", help="write trace.json of three steps to the run folder")
+    parser.add_argument("--clip-grad", type=at_least(0.0), help="scale gradients down to this norm; default: off")
+    parser.add_argument(
+        "--max-bad-steps",
+        type=at_least(1),
+        default=10,
+        help="stop after so many steps in a row whose loss or gradient was not finite; such steps are skipped; "
+        "default: 10",
+    )
+    parser.add_argument(
+        "--checkpoint-minutes",
+        type=at_least(0.0),
+        default=15.0,
+        help="write a checkpoint when the last is so old, besides after each epoch; default: 15",
+    )
+    parser.add_argument(
+        "--keep-checkpoints", type=at_least(1), default=2, help="of the latest, besides the best; default: 2"
+    )
     parser.add_argument("--limit-train", type=at_least(1), help="train on so many images only")
     parser.add_argument("--limit-val", type=at_least(1), help="validate on so many images only")
     parser.add_argument("--num-workers", type=at_least(0), default=2, help="processes that augment; default: 2")
@@ -95,27 +127,98 @@ def _parser() -> ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     keep_freed_memory()
     parser = _parser()
-    args = vars(parser.parse_args(argv))
-    output = args.pop("output")
     try:
-        device = _device(args["device"])
-        args["device"] = str(device)
-        if args["amp"] is None:
-            args["amp"] = "fp16" if device.type == "cuda" else "off"
-        if args["backend"] is None:
-            args["backend"] = current()
-        if args["lr"] is None:
-            args["lr"] = default_lr(args["batch_size"])
-        config = Config(**args)
+        with distributed.process_group():
+            config, output, resume, state = _plan(parser, argv)
+            # No process may write before all have seen what is there.
+            distributed.largest(0, device=torch.device(config.device))
+            with use_backend(config.backend):
+                train(config, output, resume=resume, state=state)
+        return
+    except Stopped as stopped:
+        status, message = stopped.status, f"{stopped}; go on with --resume auto --output {output}"
+    except (ValueError, OSError) as error:
+        status, message = 2, f"error: {error}"
+    except RuntimeError as error:
+        if not distributed.lost_process(error):
+            raise
+        status, message = 1, "error: another process of this run ended; go on with --resume auto"
+    # Only now, without the exception and the frames that it refers to: they hold the loaders, whose workers have to end
+    # before this process does.
+    parser.exit(status, f"{parser.prog}: {' '.join(message.split())}\n")
+
+
+def _plan(parser: ArgumentParser, argv: list[str] | None) -> tuple[Config, Path, bool, dict[str, Any] | None]:
+    """What to train and where, whether a run is there already, and the state that it goes on from."""
+    args = vars(parser.parse_args(argv))
+    output, resume = args.pop("output"), args.pop("resume")
+    if resume is None or (resume == "auto" and output is not None and not RunFolder(output).has_run()):
+        config = _config(args)
         if output is None:
             output = Path("runs") / f"{config.variant}-{config.dataset}-{datetime.now():%Y%m%d-%H%M%S}"
-        with use_backend(config.backend):
-            train(config, output)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+        return config, output, False, None
+    if resume == "auto":
+        if output is None:
+            raise ValueError("--resume auto: needs --output, the folder of the run")
+        stored = stored_options(RunFolder(output).config())
+        state = _newest_state(RunFolder(output), stored)
+    else:
+        path = Path(resume)
+        if output not in (None, path.parent):
+            raise ValueError(f"--output: got {output}, a run goes on in the checkpoint's folder, {path.parent}")
+        output = path.parent
+        state = read_checkpoint(path)
+        stored = stored_options(state.get("config"))
+    # The run's own options are the defaults now.
+    parser.set_defaults(**stored)
+    args = vars(parser.parse_args(argv))
+    del args["output"], args["resume"]
+    config = _config(args)
+    difference = fixed_difference(stored, asdict(config))
+    if difference is not None:
+        name = difference.replace("_", "-")
+        raise ValueError(f"--{name}: got {args[difference]}, the run in {output} has {stored.get(difference)}")
+    return config, output, True, state
+
+
+def _newest_state(run: RunFolder, stored: dict[str, Any]) -> dict[str, Any] | None:
+    """Of the newest good checkpoint; None if the run was ended before it had one.
+
+    Raises RunError if there are checkpoints but no good one.
+    """
+    path = None
+    for path in run.checkpoints():
+        try:
+            state = read_checkpoint(path)
+            if fixed_difference(stored, stored_options(state.get("config"))) is not None:
+                raise RunError(f"{path}: not a checkpoint of this run")
+            return state
+        except ValueError as error:
+            print(f"{error}; left out", file=sys.stderr)
+    if path is not None:
+        raise RunError(f"{run.path}: no checkpoint in it is good; delete them to train from the beginning")
+    return None
+
+
+def _config(args: dict[str, Any]) -> Config:
+    device = _device(args["device"])
+    args["device"] = str(device)
+    if args["amp"] is None:
+        args["amp"] = "fp16" if device.type == "cuda" else "off"
+    if args["backend"] is None:
+        args["backend"] = current()
+    if args["lr"] is None:
+        batch_size = args["batch_size"] * args["accumulate"] * distributed.processes()
+        args["lr"] = default_lr(batch_size, args["optimizer"])
+    if args["weight_decay"] is None:
+        args["weight_decay"] = OPTIMIZERS[args["optimizer"]].weight_decay
+    args["processes"] = distributed.processes()
+    return Config(**args)
 
 
 def _device(name: str | None) -> torch.device:
+    if distributed.processes() > 1 and torch.cuda.is_available() and (name is None or name.startswith("cuda")):
+        return torch.device("cuda", distributed.local_rank())
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     usable = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
@@ -124,13 +227,14 @@ def _device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def train(config: Config, output: Path) -> None:
-    """Train from scratch and write the run folder (see the README).
+def train(config: Config, output: Path, *, resume: bool = False, state: dict[str, Any] | None = None) -> None:
+    """Train and write the run folder (see the README).
 
-    Raises DataError, RunError or ValueError, whose message is one line, before anything is written.
+    resume: go on with the run that is in `output`, from `state` (of a checkpoint) or from its beginning.
+
+    Raises DataError, RunError or ValueError, whose message is one line, and Stopped after SIGTERM and SIGINT.
     """
     _make_deterministic(config.seed)
-    device = torch.device(config.device)
     data = load_dataset(config.dataset, config.data_dir, verify=config.verify)
     train_split = data.train if config.limit_train is None else data.train.first(config.limit_train)
     val_split = data.val if config.limit_val is None else data.val.first(config.limit_val)
@@ -139,109 +243,175 @@ def train(config: Config, output: Path) -> None:
         "size": config.input_size,
         "batch_size": config.batch_size,
         "num_workers": config.num_workers,
-        "device": device,
+        "device": torch.device(config.device),
+        "shard": (distributed.rank(), distributed.processes()),
     }
-    batches = train_loader(train_split, seed=config.seed, **shared)
-    val_batches = val_loader(val_split, **shared)
-    classes = len(data.classes)
-
-    model = create_model(config.variant, classes, family=config.family)
-    parameters = sum(p.numel() for p in model.parameters())
-    macs = count_macs(model, config.input_size)
-    model.to(device).to(memory_format=torch.channels_last)
-    ema = make_ema(model)
-    optimizer = make_optimizer(model.parameters(), config.lr)
-    scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
-    run = RunFolder.create(output, asdict(config) | {"input_size": config.input_size, "classes": data.classes})
-    print(
-        f"Training {config.variant} ({config.family} family) on {config.dataset}: {parameters:,} parameters, "
-        f"{macs / 1e6:,.1f} M MACs at {config.input_size} px, {classes} classes; {len(train_split):,} images, "
-        f"{config.epochs} x {len(batches)} steps of {config.batch_size}; {device}, amp {config.amp}, "
-        f"backend {config.backend}; {output}",
-        flush=True,
+    batches = train_loader(
+        train_split,
+        seed=config.seed,
+        mixup=config.mixup,
+        cutmix=config.cutmix,
+        num_classes=len(data.classes),
+        autoaugment=config.autoaugment,
+        randaugment=config.randaugment,
+        **shared,
     )
+    val_batches = val_loader(val_split, **shared)
 
-    best = -1.0
-    start = time.perf_counter()
-    with SummaryWriter(output / "tensorboard") as board:
-        for epoch in range(config.epochs):
-            epoch_start = time.perf_counter()
-            lr = config.lr * lr_factor(epoch)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            loss, images_per_second = _train_epoch(model, ema, optimizer, scaler, batches, epoch, config, start)
-            raw = evaluate(model, val_batches.epoch(0), classes, device, config.amp)
-            averaged = evaluate(ema.module, val_batches.epoch(0), classes, device, config.amp)
-            metrics = {
-                "epoch": epoch,
-                "lr": lr,
-                "train_loss": loss,
-                "val_loss": raw.loss,
-                "val_top1": raw.top1,
-                "val_top5": raw.top5,
-                "ema_top1": averaged.top1,
-                "images_per_second": images_per_second,
-                "seconds": time.perf_counter() - epoch_start,
-                "peak_memory_bytes": _peak_memory(device),
-            }
-            run.append_metrics(metrics)
-            for name in ("val_loss", "val_top1", "val_top5", "ema_top1", "lr"):
-                board.add_scalar(name, metrics[name], epoch)
-            score = max(raw.top1, averaged.top1)
-            run.save_checkpoint(
-                {
+    trainer = Trainer(config, len(data.classes))
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    macs = count_macs(trainer.model, config.input_size)
+    if state is not None:
+        trainer.load_state_dict(state)
+    elif config.weights is not None:
+        for line in load_weights(trainer.model, Path(config.weights)):
+            if distributed.rank() == 0:
+                print(line, flush=True)
+    stored = asdict(config) | {"input_size": config.input_size, "classes": data.classes}
+    main_process = distributed.rank() == 0
+    run = RunFolder(output)
+    if main_process:
+        if resume:
+            run.reopen(stored, trainer.epoch)
+        else:
+            RunFolder.create(output, stored)
+        print(
+            f"Training {config.variant} ({config.family} family) on {config.dataset}: {parameters:,} parameters, "
+            f"{macs / 1e6:,.1f} M MACs at {config.input_size} px, {len(data.classes)} classes; "
+            f"{len(train_split):,} images, {config.epochs} x {len(batches)} steps of {config.batch_size}"
+            f"{f' in each of {config.processes} processes' if config.processes > 1 else ''}; "
+            f"{config.device}, amp {config.amp}, backend {config.backend}; {output}",
+            flush=True,
+        )
+        if resume:
+            print(f"Going on after {trainer.epoch} epochs and {trainer.step} steps", flush=True)
+    checkpoints = _Checkpoints(run, trainer)
+    start, first = time.perf_counter(), trainer.epoch + trainer.step / len(batches)
+    with (
+        SummaryWriter(output / "tensorboard", purge_step=trainer.epoch) if main_process else nullcontext() as board,
+        StopSignals() as signals,
+        _profiler(config, output) if main_process else nullcontext() as profiler,
+    ):
+        try:
+            while trainer.epoch < config.epochs:
+                epoch_start, epoch, lr = time.perf_counter(), trainer.epoch, trainer.lr
+                images_per_second = _train_epoch(trainer, batches, checkpoints, signals, profiler, start, first)
+                trainer.share_statistics()
+                raw, averaged = (
+                    evaluate(model, _val_batches(val_batches, signals), len(data.classes), trainer.device, config.amp)
+                    for model in (trainer.model, trainer.ema.module)
+                )
+                metrics = {
                     "epoch": epoch,
-                    "model": model.state_dict(),
-                    "ema": ema.module.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                },
-                best=score > best,
-            )
-            best = max(best, score)
-            plot_curves(run.metrics(), f"{config.variant} on {config.dataset}", output / "curves.png")
-            tqdm.write(
-                f"epoch {epoch + 1}/{config.epochs}: loss {loss:.3f}, top-1 {raw.top1:.2f} %, "
-                f"EMA {averaged.top1:.2f} %, {metrics['images_per_second']:.0f} images/s, {metrics['seconds']:.0f} s"
-            )
-    print(f"Best top-1 {best:.2f} %, {timedelta(seconds=round(time.perf_counter() - start))}; {output}")
+                    "lr": lr,
+                    "train_loss": trainer.mean_loss,
+                    "val_loss": raw.loss,
+                    "val_top1": raw.top1,
+                    "val_top5": raw.top5,
+                    "ema_top1": averaged.top1,
+                    "images_per_second": images_per_second,
+                    "seconds": time.perf_counter() - epoch_start,
+                    "peak_memory_bytes": _peak_memory(trainer.device),
+                }
+                if main_process:
+                    run.append_metrics(metrics)
+                    for name in ("val_loss", "val_top1", "val_top5", "ema_top1", "lr"):
+                        board.add_scalar(name, metrics[name], epoch)
+                improved = trainer.finish_epoch(max(raw.top1, averaged.top1))
+                checkpoints.save(best=improved)
+                if main_process:
+                    plot_curves(run.metrics(), f"{config.variant} on {config.dataset}", output / "curves.png")
+                    tqdm.write(
+                        f"epoch {trainer.epoch}/{config.epochs}: loss {metrics['train_loss']:.3f}, "
+                        f"top-1 {raw.top1:.2f} %, EMA {averaged.top1:.2f} %, {images_per_second:.0f} images/s, "
+                        f"{metrics['seconds']:.0f} s"
+                    )
+        except Stopped:
+            checkpoints.save()
+            raise
+    if main_process:
+        print(f"Best top-1 {trainer.best:.2f} %, {timedelta(seconds=round(time.perf_counter() - start))}; {output}")
+
+
+def _val_batches(batches: Loader, signals: StopSignals) -> Iterable[Batch]:
+    """A process on its own may stop between batches; several have unequal numbers of them and stop together later."""
+    return signals.between(batches.epoch(0)) if distributed.processes() == 1 else batches.epoch(0)
+
+
+class _Checkpoints:
+    """Writes a run's checkpoints, in process 0, and knows when the next one is due."""
+
+    def __init__(self, run: RunFolder, trainer: Trainer) -> None:
+        self.run = run
+        self.trainer = trainer
+        self._written = time.monotonic()
+
+    def save(self, *, best: bool = False) -> None:
+        state = self.trainer.state_dict()
+        if distributed.rank() == 0:
+            self.run.save_checkpoint(state, best=best, keep=self.trainer.config.keep_checkpoints)
+        self._written = time.monotonic()
+
+    @property
+    def due(self) -> bool:
+        return time.monotonic() - self._written >= 60 * self.trainer.config.checkpoint_minutes
+
+
+def _profiler(config: Config, output: Path) -> AbstractContextManager[profile | None]:
+    """Of three steps after two that warm up."""
+    if not config.profile:
+        return nullcontext()
+    return profile(
+        schedule=schedule(wait=1, warmup=1, active=3, repeat=1),
+        on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(output / "trace.json")),
+        record_shapes=True,
+    )
 
 
 def _train_epoch(
-    model: nn.Module,
-    ema: AveragedModel,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
+    trainer: Trainer,
     batches: Loader,
-    epoch: int,
-    config: Config,
+    checkpoints: _Checkpoints,
+    signals: StopSignals,
+    profiler: profile | None,
     run_start: float,
-) -> tuple[float, float]:
-    """One pass over the training data. Returns the mean loss and the images per second."""
-    device = torch.device(config.device)
-    criterion = make_loss()
-    model.train()
-    total_loss = torch.zeros((), device=device)
-    images_seen = 0
-    start = time.perf_counter()
-    description = f"epoch {epoch + 1}/{config.epochs}"
-    with tqdm(total=len(batches), desc=description, unit="step", leave=False, dynamic_ncols=True) as bar:
-        for images, labels in batches.epoch(epoch):
-            with autocast(device, config.amp):
-                loss = criterion(model(images), labels)
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            ema.update_parameters(model)
-            total_loss += loss.detach() * len(images)
-            images_seen += len(images)
-            done = (epoch + (bar.n + 1) / len(batches)) / config.epochs
+    first: float,
+) -> float:
+    """What is left of the epoch at hand. Returns the images per second.
+
+    run_start, first: when this command started to train, and the epochs (with a fraction) that were done then.
+    """
+    start, images_before = time.perf_counter(), trainer.images
+    description = f"epoch {trainer.epoch + 1}/{trainer.config.epochs}"
+    total = len(batches)
+    with tqdm(
+        total=total,
+        initial=trainer.step,
+        desc=description,
+        unit="step",
+        leave=False,
+        dynamic_ncols=True,
+        disable=distributed.rank() > 0,
+    ) as bar:
+        remaining = batches.epoch(trainer.epoch, trainer.step)
+        while group := list(islice(remaining, trainer.config.accumulate)):
+            trainer.train_step(group)
+            done = trainer.epoch + trainer.step / total
             now = time.perf_counter()
-            left = timedelta(seconds=round((now - run_start) * (1 - done) / done))
-            bar.set_postfix_str(f"{images_seen / (now - start):.0f} images/s, run ends in {left}", refresh=False)
-            bar.update()
-    mean_loss = total_loss.item() / images_seen  # waits for the device, so the clock is read after it
-    return mean_loss, images_seen / (time.perf_counter() - start)
+            left = timedelta(seconds=round((now - run_start) * (trainer.config.epochs - done) / (done - first)))
+            rate = (trainer.images - images_before) / (now - start)
+            bar.set_postfix_str(f"{rate:.0f} images/s, run ends in {left}", refresh=False)
+            bar.update(len(group))
+            if profiler is not None:
+                profiler.step()
+            # All processes save, or stop, after the same step.
+            due, signal = distributed.largest(checkpoints.due, signals.received or 0, device=trainer.device)
+            if due:
+                checkpoints.save()
+            if signal:
+                raise Stopped(signal)
+    _ = trainer.mean_loss  # waits for the device, so that the clock is read after it
+    return (trainer.images - images_before) / (time.perf_counter() - start)
 
 
 def _make_deterministic(seed: int) -> None:
@@ -251,6 +421,9 @@ def _make_deterministic(seed: int) -> None:
     # A debugging aid that deterministic algorithms bring along, at the cost of a pass over every new tensor.
     deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.manual_seed(seed)
+    # Nothing here draws from these two, but a checkpoint holds their state.
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
 
 
 def _peak_memory(device: torch.device) -> int:

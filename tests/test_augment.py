@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
+from effnet_fast import augment as augment_module
 from effnet_fast.augment import (
     AUGMENTS,
     MEAN,
@@ -236,12 +237,20 @@ def test_holes_are_zero_rectangles_after_normalization() -> None:
 # Recipes
 
 
-def test_reference_is_the_studys_chain_of_transforms() -> None:
+@pytest.mark.parametrize(
+    ("options", "policy"),
+    [
+        ({}, v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)),
+        ({"autoaugment": "imagenet"}, v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET)),
+        ({"randaugment": 7}, v2.RandAugment(magnitude=7)),
+    ],
+)
+def test_reference_is_the_studys_chain_of_transforms(options: dict[str, Any], policy: v2.Transform) -> None:
     split = noise_split(24)
     chain = v2.Compose(
         [
             v2.RandomResizedCrop(40, interpolation=v2.InterpolationMode.BICUBIC),
-            v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10),
+            policy,
             v2.RandomHorizontalFlip(0.5),
             v2.PILToTensor(),
             v2.ToDtype(torch.float32, scale=True),
@@ -250,7 +259,7 @@ def test_reference_is_the_studys_chain_of_transforms() -> None:
         ]
     )
     position = 0
-    for images, labels in train(split, "reference", size=40, seed=5).epoch(3):
+    for images, labels in train(split, "reference", size=40, seed=5, **options).epoch(3):
         for image, label in zip(images, labels.tolist(), strict=True):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(derive_seed(5, 3, "augment", position))
@@ -378,7 +387,65 @@ def test_seeds_depend_on_every_part_of_the_key() -> None:
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
+@pytest.mark.parametrize(
+    ("options", "policy"),
+    [
+        ({"autoaugment": "cifar10"}, v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)),
+        ({"randaugment": 7}, v2.RandAugment(magnitude=7)),
+    ],
+)
+def test_fast_applies_a_policy_to_each_image_after_its_crop(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], policy: v2.Transform
+) -> None:
+    monkeypatch.setattr(augment_module, "ERASE_PROBABILITY", 0.0)
+    split = noise_split(8)
+    (plain, labels), *_ = batches(train(split, seed=5), epoch=3)
+    (changed, same_labels), *_ = batches(train(split, seed=5, **options), epoch=3)
+    assert torch.equal(labels, same_labels)
+    expected = levels(plain).round().to(torch.uint8)
+    with torch.random.fork_rng(devices=[]):
+        for position in range(8):
+            torch.manual_seed(derive_seed(5, 3, "policy", position))
+            expected[position] = policy(expected[position])
+    # Levels survive the normalization to float32 rounding; a level that is a tie would be another one.
+    assert (levels(changed) - expected).abs().max() < 1.01
+    assert (levels(changed) - expected).abs().mean() < 1e-3
+    assert (levels(changed) - levels(plain)).abs().max() > 2
+
+
 # Mixup
+
+
+def test_cutmix_pastes_boxes_of_the_share_that_the_targets_say() -> None:
+    split = noise_split(16)
+    plain = batches(train(split, batch_size=8))
+    mixed = batches(train(split, batch_size=8, cutmix=1.0, num_classes=20))
+    shares = []
+    for (images, labels), (mixed_images, targets) in zip(plain, mixed, strict=True):
+        torch.testing.assert_close(targets.sum(1), torch.ones(8), rtol=0, atol=1e-6)  # two rounded shares
+        kept = (mixed_images == images).all(1)
+        share = targets.gather(1, labels[:, None])[:, 0]
+        for i, other in enumerate(targets.scatter(1, labels[:, None], 0).argmax(1).tolist()):
+            partner = images[labels.tolist().index(other)]
+            assert (kept[i] | (mixed_images[i] == partner).all(0)).all()
+            # Pixels that both images erased are the same in both.
+            assert kept[i].float().mean() >= share[i] - 1e-6
+        shares.append(share[0].item())
+        assert mixed_images.is_contiguous(memory_format=torch.channels_last)
+    assert shares[0] != shares[1]
+
+
+def test_mixup_and_cutmix_take_turns() -> None:
+    split = noise_split(64)
+    options = {"batch_size": 4, "num_classes": 64}
+    plain = batches(train(split, batch_size=4))
+    both = batches(train(split, mixup=1.0, cutmix=1.0, **options))
+    # CutMix leaves most pixels exactly as they were in one image or the other, mixup hardly any.
+    cut = [
+        ((mixed == images) | (mixed == images.roll(1, 0))).float().mean()
+        for (images, _), (mixed, _) in zip(plain, both, strict=True)
+    ]
+    assert 0 < sum(share > 0.99 for share in cut) < len(cut)
 
 
 @pytest.mark.parametrize("augment", AUGMENTS)
@@ -414,6 +481,36 @@ def test_mixup_ratios_are_beta_distributed() -> None:
     exact = torch.maximum(exact, 1 - exact)
     # Five sigma of the mean of `count` draws.
     assert abs(shares.mean() - exact.mean()) < 5 * exact.std() / math.sqrt(count)
+
+
+# Shards
+
+
+@pytest.mark.parametrize(("augment", "options"), [("fast", {}), ("fast", {"randaugment": 5}), ("reference", {})])
+def test_shards_together_are_the_batches_of_one_process(augment: str, options: dict[str, Any]) -> None:
+    split = noise_split(29)
+    whole = batches(train(split, augment, batch_size=12, **options), epoch=2, start=1)
+    shards = [batches(train(split, augment, batch_size=4, shard=(i, 3), **options), epoch=2, start=1) for i in range(3)]
+    assert len(whole) == 1
+    together = [
+        (torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts]))
+        for parts in zip(*shards, strict=True)
+    ]
+    assert_same(together, whole)
+    with pytest.raises(ValueError, match="batch_size: 10 in each of 3 processes, more than 29 examples"):
+        train(split, augment, batch_size=10, shard=(0, 3))
+
+
+@pytest.mark.parametrize("count", [1, 4, 13, 16])
+def test_shards_of_the_validation_have_every_example_once(count: int) -> None:
+    split = noise_split(count)
+    shared: dict[str, Any] = {"augment": "fast", "size": 8, "batch_size": 4}
+    whole = batches(val_loader(split, **shared))
+    loaders = [val_loader(split, shard=(i, 3), **shared) for i in range(3)]
+    shards = [batches(loader) for loader in loaders]
+    assert [len(loader) for loader in loaders] == [len(shard) for shard in shards]
+    assert_same([shards[i % 3][i // 3] for i in range(len(whole))], whole)
+    assert sum(len(labels) for shard in shards for _, labels in shard) == count
 
 
 # Validation
@@ -474,13 +571,17 @@ def test_a_broken_image_is_one_line(tmp_path: Path, make: str, workers: int) -> 
         ({"num_workers": -1}, "num_workers: -1, must be at least 0"),
         ({"mixup": -0.1, "num_classes": 10}, "mixup: -0.1, must be at least 0"),
         ({"mixup": 0.1}, "num_classes: None, must be given with mixup"),
+        ({"cutmix": -0.1}, "cutmix: -0.1, must be at least 0"),
+        ({"autoaugment": "mnist"}, "autoaugment: 'mnist' is unknown, choose from imagenet, cifar10, svhn"),
+        ({"randaugment": 31}, "randaugment: 31, must be from 0 to 30"),
+        ({"randaugment": 3, "autoaugment": "svhn"}, "give one of them"),
     ],
 )
 def test_arguments_out_of_range(overrides: dict[str, Any], message: str) -> None:
     arguments = {"augment": "fast", "size": 8, "batch_size": 2} | overrides
     with pytest.raises(ValueError, match=message):
         train_loader(noise_split(4), seed=0, **arguments)
-    if not {"mixup", "num_classes"} & set(overrides):
+    if not {"mixup", "cutmix", "autoaugment", "randaugment"} & set(overrides):
         with pytest.raises(ValueError, match=message):
             val_loader(noise_split(4), **arguments)
 

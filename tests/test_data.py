@@ -1,11 +1,13 @@
 """Reading data: official and hostile CIFAR-10 files, digits, image folders."""
 
 import builtins
+import gzip
 import hashlib
 import io
 import os
 import pickle
 import random
+import resource
 import shutil
 import struct
 import tarfile
@@ -365,7 +367,7 @@ def test_damaged_and_oversized_archives(cifar: Path, tmp_path: Path) -> None:
     whole = path.read_bytes()
     rng = random.Random(0)
     messages = []
-    for _ in range(60):
+    for _ in range(200):
         damaged = bytearray(whole[: rng.randrange(len(whole))] if rng.random() < 0.5 else whole)
         for _ in range(4):
             if damaged:
@@ -383,6 +385,23 @@ def test_damaged_and_oversized_archives(cifar: Path, tmp_path: Path) -> None:
     assert_refused(place, str(path), "too much")
     write_archive(path, [(tarfile.TarInfo("cifar-10-batches-py/test_batch"), bytes(50_000_000))])
     assert_refused(place, str(path), "too much")
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_an_archive_with_a_huge_header_is_refused(tmp_path: Path, kind: bytes) -> None:
+    """Twenty thousand million bytes of name that pack to a few."""
+    header = tarfile.TarInfo("x")
+    header.type, header.size = kind, 20_000_000_000
+    zeros = gzip.compress(bytes(100_000_000), 1)
+    path = tmp_path / "cifar-10-python.tar.gz"
+    with path.open("wb") as file:
+        file.write(gzip.compress(header.tobuf(tarfile.GNU_FORMAT)))
+        for _ in range(5):
+            file.write(zeros)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert_refused(tmp_path, str(path), "too much")
+    # In kilobytes: what was read before the limit of 280 MB, and a copy of it.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 700_000
 
 
 def test_download_without_a_data_dir(cifar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -577,6 +596,38 @@ def test_unreadable_images_are_named(tmp_path: Path, content: bytes, word: str) 
         assert str(path) in str(caught.value)
         assert word in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM"])
+def test_mutated_images_are_refused_or_read(tmp_path: Path, kind: str) -> None:
+    rng = random.Random(0)
+    whole = encoded(kind)
+    path = tmp_path / "a.png"
+    messages = []
+    for _ in range(200):
+        damaged = bytearray(whole[: rng.randrange(len(whole))] if rng.random() < 0.3 else whole)
+        # Most of the structure is in the first bytes.
+        for _ in range(rng.choice([0, 1, 4, 16])):
+            if damaged:
+                damaged[min(int(rng.expovariate(1 / 100)), len(damaged) - 1)] = rng.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            image, _ = FolderSplit((path,), torch.tensor([0]))[0]
+        except DataError as error:
+            messages.append(str(error))
+        else:
+            assert image.dtype == torch.uint8
+            assert image.shape[0] == 3
+        assert path.read_bytes() == damaged
+    assert len(messages) > 20
+    assert all(message.startswith(f"{path}: ") and "\n" not in message for message in messages)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(DataError, match=r"a\.png: not a file"):
+        FolderSplit((tmp_path / "a.png",), torch.tensor([0]))[0]
 
 
 def test_a_missing_image_is_named(tmp_path: Path) -> None:

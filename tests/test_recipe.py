@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from effnet_fast.recipe import default_lr, ema_decay, lr_factor, make_ema, make_loss, make_optimizer
+from effnet_fast.recipe import OPTIMIZERS, default_lr, ema_decay, lr_factor, make_ema, make_loss, make_optimizer
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,91 @@ def test_optimizer_follows_rmsprop_with_momentum_in_float64() -> None:
         velocity = 0.9 * velocity + gradient / (square.sqrt() + 0.1)
         weight = weight - 0.05 * velocity
     torch.testing.assert_close(parameter.detach(), weight, rtol=1e-12, atol=0)  # float64 rounding
+
+
+def test_cosine_schedule_is_torchs_after_the_warmup() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=25)
+    for epoch in range(35):
+        if epoch < 10:
+            assert lr_factor(epoch, "cosine", 35) == (epoch + 1) / 10
+            continue
+        # torch computes it step by step, in float64
+        assert lr_factor(epoch, "cosine", 35) == pytest.approx(scheduler.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        scheduler.step()
+    assert lr_factor(3, "cosine", 5) == 0.4
+
+
+def run_optimizer(name: str, weight_decay: float) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+    """The start, the gradients of five steps, and the result."""
+    start = torch.tensor([0.3, -2.0], dtype=torch.float64)
+    parameter = nn.Parameter(start.clone())
+    optimizer = make_optimizer([parameter], 0.05, name, weight_decay)
+    gradients = [torch.tensor([math.sin(step), 3.0 - step], dtype=torch.float64) for step in range(5)]
+    for gradient in gradients:
+        parameter.grad = gradient.clone()
+        optimizer.step()
+    return start, gradients, parameter.detach()
+
+
+def test_rmsprop_tf_follows_tensorflows_rule() -> None:
+    weight, gradients, result = run_optimizer("rmsprop-tf", 0.01)
+    square, velocity = torch.ones_like(weight), torch.zeros_like(weight)
+    for gradient in gradients:
+        gradient = gradient + 0.01 * weight
+        square = 0.9 * square + 0.1 * gradient**2
+        velocity = 0.9 * velocity + 0.05 * gradient / (square + 1e-3).sqrt()
+        weight = weight - velocity
+    torch.testing.assert_close(result, weight, rtol=1e-12, atol=0)  # float64 rounding
+
+
+def test_sgd_has_nesterov_momentum() -> None:
+    weight, gradients, result = run_optimizer("sgd", 0.01)
+    velocity = torch.zeros_like(weight)
+    for gradient in gradients:
+        gradient = gradient + 0.01 * weight
+        velocity = 0.9 * velocity + gradient
+        weight = weight - 0.05 * (gradient + 0.9 * velocity)
+    torch.testing.assert_close(result, weight, rtol=1e-12, atol=0)  # float64 rounding
+
+
+def test_adamw_decays_apart_from_the_gradient() -> None:
+    weight, gradients, result = run_optimizer("adamw", 0.01)
+    mean, square = torch.zeros_like(weight), torch.zeros_like(weight)
+    for step, gradient in enumerate(gradients, 1):
+        weight = weight * (1 - 0.05 * 0.01)
+        mean = 0.9 * mean + 0.1 * gradient
+        square = 0.999 * square + 0.001 * gradient**2
+        weight = weight - 0.05 * (mean / (1 - 0.9**step)) / ((square / (1 - 0.999**step)).sqrt() + 1e-8)
+    torch.testing.assert_close(result, weight, rtol=1e-12, atol=0)  # float64 rounding
+
+
+def test_each_optimizer_has_its_own_defaults() -> None:
+    assert default_lr(512, "sgd") == 0.2
+    assert default_lr(256, "adamw") == 2.5e-4
+    parameter = nn.Parameter(torch.zeros(1))
+    for name, preset in OPTIMIZERS.items():
+        assert make_optimizer([parameter], 1.0, name).param_groups[0]["weight_decay"] == preset.weight_decay
+
+
+def test_ema_without_warmup_and_with_another_decay() -> None:
+    assert ema_decay(0, 0.5, warmup=False) == 0.5
+    assert ema_decay(90, 0.5) == 0.5
+    assert ema_decay(0, 0.5) == 0.1
+    model = nn.Linear(1, 1, bias=False)
+    ema = make_ema(model, 0.75, warmup=False)
+    for value in (1.0, 2.0, 3.0):
+        nn.init.constant_(model.weight, value)
+        ema.update_parameters(model)
+    assert ema.module.weight.item() == 0.75 * (0.75 * 1 + 0.25 * 2) + 0.25 * 3  # exact in binary
+
+
+def test_shares_are_from_0_to_1() -> None:
+    with pytest.raises(ValueError, match=r"label_smoothing: got 1\.5, must be from 0 to 1"):
+        make_loss(1.5)
+    with pytest.raises(ValueError, match=r"ema_decay: got 1\.5, must be from 0 to 1"):
+        make_ema(nn.Linear(1, 1), 1.5)
 
 
 def test_ema_warms_up_and_ends_at_the_study_decay() -> None:
@@ -75,6 +160,7 @@ def test_loss_smooths_labels_and_takes_soft_targets() -> None:
     log_p = logits.log_softmax(1)[0]
     smoothed = -(0.9 * log_p[0] + 0.1 * log_p.mean())
     torch.testing.assert_close(make_loss()(logits, torch.tensor([0])), smoothed)
+    torch.testing.assert_close(make_loss(0.0)(logits, torch.tensor([0])), -log_p[0])
     soft = torch.tensor([[0.25, 0.0, 0.75]], dtype=torch.float64)
     expected = -((0.9 * soft[0] + 0.1 / 3) * log_p).sum()
     torch.testing.assert_close(make_loss()(logits, soft), expected)

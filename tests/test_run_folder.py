@@ -53,7 +53,7 @@ def test_an_existing_run_is_not_overwritten(run: RunFolder) -> None:
 def test_missing_and_foreign_configurations_get_one_line(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"config\.json: No such file"):
         RunFolder(tmp_path).config()
-    for content in (b"{", b"[]", b"\xff\xfe"):
+    for content in (b"{", b"[]", b"\xff\xfe", b"[" * 100_000):
         (tmp_path / "config.json").write_bytes(content)
         with pytest.raises(RunError, match=r"config\.json: not a") as error:
             RunFolder(tmp_path).config()

@@ -139,3 +139,18 @@ def test_evaluate_of_something_else_gets_one_line(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
     assert "config.json" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [({"variant": "b0"}, "config.json: lacks 'device'"), ({"seed": "0"}, "seed is '0', not a run's configuration")],
+)
+def test_evaluate_of_a_foreign_configuration_gets_one_line(
+    two_epochs: Path, tmp_path: Path, content: dict[str, object], expected: str
+) -> None:
+    (tmp_path / "best.pt").write_bytes((two_epochs / "best.pt").read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    done = run("evaluate", str(tmp_path))
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert expected in done.stderr

@@ -1,0 +1,48 @@
+"""Ending a command by a signal, at a moment of its own choice."""
+
+import signal
+from collections.abc import Iterable, Iterator
+from types import FrameType
+from typing import TypeVar
+
+Item = TypeVar("Item")
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stopped(Exception):
+    """The work was ended by a signal; `status` is the exit status by the shells' convention."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.status = 128 + number
+
+
+class StopSignals:
+    """Inside the ``with`` block the first SIGTERM or SIGINT is noted only; a second one acts as it did before."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    def __enter__(self) -> "StopSignals":
+        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.received = number
+        self.__exit__()
+
+    def check(self) -> None:
+        """Raises Stopped once a signal was received."""
+        if self.received is not None:
+            raise Stopped(self.received)
+
+    def between(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The items, with a check before each."""
+        for item in items:
+            self.check()
+            yield item
