@@ -27,6 +27,7 @@ class Config:
     lr: float
     augment: str
     amp: str
+    memory: str
     seed: int
     limit_train: int | None
     limit_val: int | None

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from datetime import datetime, timedelta
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from effnet_fast.config import Config, fixed_difference, stored_options
 from effnet_fast.data import DATASETS, load_dataset
 from effnet_fast.evaluate import evaluate
 from effnet_fast.memory import keep_freed_memory
+from effnet_fast.ops.memory_policy import Memory
 from effnet_fast.passes.backend import BACKENDS, current, use_backend
 from effnet_fast.plots import plot_curves
 from effnet_fast.recipe import EMA_DECAY, LABEL_SMOOTHING, OPTIMIZERS, SCHEDULES, default_lr
@@ -62,6 +63,12 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--lr", type=at_least(0.0), help="peak learning rate; default: 0.256 * batch size / 256")
     parser.add_argument("--augment", choices=AUGMENTS, default="reference", help="default: reference")
     parser.add_argument("--amp", choices=AMP_DTYPES, help="mixed precision; default: fp16 on CUDA, else off")
+    parser.add_argument(
+        "--memory",
+        choices=get_args(Memory),
+        default="fast",
+        help="what is kept for the backward pass; less takes longer, results are the same; default: fast",
+    )
     parser.add_argument("--seed", type=at_least(0), default=0, help="default: 0")
     parser.add_argument("--output", type=Path, help="run folder; default: runs/VARIANT-DATASET-TIME")
     parser.add_argument(

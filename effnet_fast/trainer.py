@@ -35,7 +35,7 @@ class Trainer:
     def __init__(self, config: Config, classes: int) -> None:
         self.config = config
         self.device = torch.device(config.device)
-        self.model = create_model(config.variant, classes, family=config.family)
+        self.model = create_model(config.variant, classes, family=config.family, memory=config.memory)
         self.model.to(self.device).to(memory_format=torch.channels_last)
         self._frozen = _freeze(self.model, config.freeze)
         self._replica: nn.Module = self.model
