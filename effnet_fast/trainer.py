@@ -5,7 +5,7 @@ import random
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from effnet_fast.augment import Batch, derive_seed
 from effnet_fast.config import Config
 from effnet_fast.divergence import Diverged, first_not_finite
 from effnet_fast.model import create_model
+from effnet_fast.ops.memory_policy import Memory
 from effnet_fast.recipe import lr_factor, make_ema, make_loss, make_optimizer
 
 
@@ -35,7 +36,7 @@ class Trainer:
     def __init__(self, config: Config, classes: int) -> None:
         self.config = config
         self.device = torch.device(config.device)
-        self.model = create_model(config.variant, classes, family=config.family, memory=config.memory)
+        self.model = create_model(config.variant, classes, family=config.family, memory=cast(Memory, config.memory))
         self.model.to(self.device).to(memory_format=torch.channels_last)
         self._frozen = _freeze(self.model, config.freeze)
         self._replica: nn.Module = self.model
