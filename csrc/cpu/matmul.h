@@ -106,25 +106,31 @@ inline void for_each_panel(int64_t begin, int64_t end, int64_t vectors, F&& f) {
 }
 
 // The right operand of a product in panels [panel][word][column of the panel]: element (k, column) of a matrix of floats
-// is at from + k * k_step + column * column_step. Columns beyond the last are zero.
+// is at from + k * k_step + column * column_step, one of the steps being 1. Columns beyond the last are zero.
 template <class W>
 inline Tensor pack_panels(const float* from, int64_t depth, int64_t columns, int64_t k_step, int64_t column_step) {
+  constexpr int64_t kBlock = 64;  // of the summed dimension, transposed in cache where a column lies in one piece
   const int64_t vectors = (columns + kLanes - 1) / kLanes, words = depth / W::kDepth;
   Tensor packed = empty_floats({words * vectors * kLanes});
   torch::stable::parallel_for(0, (vectors + kPanelVectors - 1) / kPanelVectors, 4, [&](int64_t begin, int64_t end) {
+    float block[kBlock][kPanelColumns] = {};
     for (int64_t panel = begin; panel < end; ++panel) {
-      const int64_t width = std::min(kPanelColumns, vectors * kLanes - panel * kPanelColumns);
-      float* to = floats(packed) + panel * kPanelColumns * words;
-      for (int64_t word = 0; word < words; ++word, to += width)
-        for (int64_t lane = 0; lane < width; lane += kLanes) {
-          Vec element[2] = {};
-          for (int64_t i = 0; i < kLanes; ++i) {
-            const int64_t column = panel * kPanelColumns + lane + i;
-            for (int d = 0; d < W::kDepth && column < columns; ++d)
-              element[d][i] = from[(word * W::kDepth + d) * k_step + column * column_step];
-          }
-          store(to + lane, W::pair(element[0], element[1]));
+      const int64_t first = panel * kPanelColumns, count = std::min(kPanelColumns, columns - first);
+      const int64_t width = std::min(kPanelColumns, vectors * kLanes - first);
+      if (count < kPanelColumns) std::memset(block, 0, sizeof block);
+      float* to = floats(packed) + first * words;
+      for (int64_t k = 0; k < depth; k += kBlock) {
+        const int64_t size = std::min(kBlock, depth - k);
+        if (column_step == 1) {
+          for (int64_t i = 0; i < size; ++i) std::memcpy(block[i], from + (k + i) * k_step + first, count * sizeof(float));
+        } else {
+          for (int64_t c = 0; c < count; ++c)
+            for (int64_t i = 0; i < size; ++i) block[i][c] = from[(first + c) * column_step + k + i];
         }
+        for (int64_t i = 0; i < size; i += W::kDepth, to += width)
+          for (int64_t lane = 0; lane < width; lane += kLanes)
+            store(to + lane, W::pair(load(block[i] + lane), load(block[i + W::kDepth - 1] + lane)));
+      }
     }
   });
   return packed;

@@ -299,9 +299,10 @@ inline void emit_input_grad(const float* from, int64_t stride, const T* x, const
   const Vec mean = load(op.mean + c, lanes), rstd = load(op.rstd + c, lanes);
   block.for_each_image(s.pixels(), [&](int64_t image, int64_t begin, int64_t end) {
     const Vec gate = op.gate ? load(op.gate + image * s.c + c, lanes) : broadcast(1.f);
-    float* image_sums = sums + chunks.place(image, block.chunk) * 5 * s.c + c;
+    float* image_sums = sums + chunks.place(image, block.chunk) * s.c + c;
+    const int64_t plane = chunks.images * chunks.per_image * s.c;
     Vec sum[5];
-    for (int i = 0; i < 5; ++i) sum[i] = load(image_sums + i * s.c, lanes);
+    for (int i = 0; i < 5; ++i) sum[i] = load(image_sums + i * plane, lanes);
     each(begin, end, [&](int64_t at, Vec grad) {
       store(dx + at, grad, lanes);
       grad = load(dx + at, lanes);  // as rounded
@@ -314,7 +315,7 @@ inline void emit_input_grad(const float* from, int64_t stride, const T* x, const
       sum[4] += slope * hat;
       return z * gate;
     });
-    for (int i = 0; i < 5; ++i) store(image_sums + i * s.c, sum[i], lanes);
+    for (int i = 0; i < 5; ++i) store(image_sums + i * plane, sum[i], lanes);
   });
 }
 
@@ -343,9 +344,11 @@ std::tuple<Tensor, Tensor, Tensor> backward_pointwise(
   const int64_t groups = std::clamp<int64_t>(torch::stable::get_num_threads(), 1, std::max<int64_t>(chunks.count, 1));
   const int64_t grad_row = s.vectors() * kLanes;
   Tensor dx = empty_nhwc(s, x.scalar_type()), dweight = empty_floats({out.c, s.c, 1, 1});
-  Tensor partial = torch::stable::new_zeros(dweight, {groups, out.c, grad_row});
+  Tensor partial = empty_floats({groups, out.c, grad_row});
+  if (chunks.count == 0) std::memset(floats(partial), 0, partial.numel() * sizeof(float));
   const int64_t channels = activation.scale ? s.c : 0;
-  Tensor image_sums = torch::stable::new_zeros(dweight, {s.n * chunks.per_image, 5, channels});
+  const int64_t places = s.n * chunks.per_image;
+  Tensor image_sums = torch::stable::new_zeros(dweight, {channels ? 5 : 0, places, channels});
   dispatch(x, "x", [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using W = Words<T>;
@@ -357,7 +360,8 @@ std::tuple<Tensor, Tensor, Tensor> backward_pointwise(
       float* products = rows + 2 * max_rows * row_words;
       float* activated = products + max_rows * kPanelColumns;
       float* weight_grad = floats(partial) + group * out.c * grad_row;
-      for (int64_t chunk = chunks.count * group / groups; chunk < chunks.count * (group + 1) / groups; ++chunk)
+      const int64_t first_chunk = chunks.count * group / groups;
+      for (int64_t chunk = first_chunk; chunk < chunks.count * (group + 1) / groups; ++chunk)
         chunks.for_each_block(chunk, max_rows, [&](const Block& block) {
           form_grad_rows((const T*)grad.const_data_ptr(), y ? (const T*)y->const_data_ptr() : nullptr, out, block,
                          output_grad, rows, row_pairs, row_words);
@@ -373,7 +377,8 @@ std::tuple<Tensor, Tensor, Tensor> backward_pointwise(
                                 floats(image_sums), activated + v * kLanes);
               });
             multiply_panel<W, V>(out.c, (block.rows + W::kDepth - 1) / W::kDepth, row_pairs, 1, row_words, activated,
-                                 V * kLanes, weight_grad + panel * kPanelColumns, grad_row, true);
+                                 V * kLanes, weight_grad + panel * kPanelColumns, grad_row,
+                                 !(chunk == first_chunk && block.first));
           });
         });
     });
@@ -388,12 +393,15 @@ std::tuple<Tensor, Tensor, Tensor> backward_pointwise(
           store(floats(dweight) + row * s.c + v * kLanes, sum, lanes);
         });
   });
+  if (chunks.per_image == 1) return {dx, dweight, image_sums};
   Tensor sums = torch::stable::new_zeros(dweight, {channels ? 5 : 0, s.n, channels});
-  for (int64_t place = 0; place < s.n * chunks.per_image; ++place)
-    for (int64_t i = 0; i < 5; ++i)
-      for (int64_t c = 0; c < channels; ++c)
-        floats(sums)[(i * s.n + place / chunks.per_image) * channels + c] +=
-            floats(image_sums)[(place * 5 + i) * channels + c];
+  const float* from = floats(image_sums);
+  float* to = floats(sums);
+  torch::stable::parallel_for(0, sums.size(0) * s.n, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+      for (int64_t place = row * chunks.per_image; place < (row + 1) * chunks.per_image; ++place)
+        for (int64_t c = 0; c < channels; ++c) to[row * channels + c] += from[place * channels + c];
+  });
   return {dx, dweight, sums};
 }
 
