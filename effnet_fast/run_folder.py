@@ -165,9 +165,11 @@ class RunFolder:
             for newer, older in zip(names[-2::-1], names[:0:-1], strict=True):
                 if newer.exists():
                     _link(newer, older)
-            write_atomic(latest, lambda file: _save(state, file))
+            # The best one first: killed in between, a resumed run comes here once more.
+            written = self.path / CHECKPOINTS["best"] if best else latest
+            write_atomic(written, lambda file: _save(state, file))
             if best:
-                _link(latest, self.path / CHECKPOINTS["best"])
+                _link(written, latest)
         except OSError as error:
             raise RunError(f"{latest}: can't be written: {error.strerror}; the checkpoint before is kept") from None
 
