@@ -35,7 +35,7 @@ COMMON_PASSES = (
 )
 
 # Native backends of a device, best first.
-_OF_DEVICE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+_OF_DEVICE = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "xpu": ("triton",)}
 
 _LOG = logging.getLogger("effnet_fast")
 
@@ -186,6 +186,6 @@ def passes_for(x: Tensor, kernel: int = 3, stride: int = 1) -> Any:
 
 
 def _triton() -> Any:
-    from effnet_fast.passes import triton  # type: ignore[attr-defined]
+    from effnet_fast.passes import triton
 
     return triton

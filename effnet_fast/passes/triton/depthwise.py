@@ -1,8 +1,8 @@
 """Depthwise convolution, forward: `dwconv_stats` for training, `dwconv_affine` for inference.
 
-A lane owns a strip of outputs, COLUMNS columns by some rows, and walks down it. At every step it loads the STRIDE rows of
-the input that come next, activates each pixel once, and adds it to all the outputs that see it. These lie in REACH rows,
-REACH = ceil(KERNEL / STRIDE), of which the uppermost is then complete.
+A lane owns a strip of outputs, COLUMNS columns by some rows, and walks down it. At every step it loads the STRIDE rows
+of the input that come next, activates each pixel once, and adds it to all the outputs that see it. These lie in REACH
+rows, REACH = ceil(KERNEL / STRIDE), of which the uppermost is then complete.
 """
 
 import torch
@@ -17,6 +17,7 @@ from effnet_fast.passes.triton.launch import (
     check_operands,
     check_window,
     depthwise_config,
+    empty_floats,
     group,
     pack_weight,
     padding,
@@ -57,7 +58,7 @@ def take_step(
             if phase + STRIDE * j < KERNEL:
                 for kw in tl.static_range(KERNEL):
                     tap = tl.load(weight + ((phase + STRIDE * j) * KERNEL + kw) * BLOCK_C)
-                    # Each sum is taken from the front of its tuple and put at the back, which leaves the order as it is.
+                    # Each sum is taken from the front of its tuple and put at the back: the order stays.
                     for t in tl.static_range(COLUMNS):
                         outputs_row = outputs_row[1:] + (outputs_row[0] + pixels[t * STRIDE + kw] * tap,)
             outputs = outputs[COLUMNS:] + outputs_row
@@ -147,18 +148,19 @@ def dwconv_stats(
     y = dwconv_output(x, weight, stride, same)
     n, channels, out_h, out_w = y.shape
     if y.numel() == 0:
-        return y, *(x.new_zeros(channels, dtype=torch.float32) for _ in range(2))
+        return y, x.new_zeros(channels, dtype=torch.float32), x.new_zeros(channels, dtype=torch.float32)
     kernel = weight.shape[-1]
     config = depthwise_config("forward", kernel, stride, x)
     rows = strip_rows(out_h)
     programs = triton.cdiv(n * triton.cdiv(out_h, rows) * triton.cdiv(out_w, config.columns), config.lanes)
-    partials = x.new_empty(programs, 3, channels, dtype=torch.float32)
+    partials = empty_floats(x, programs, 3, channels)
     dwconv_stats_kernel[(programs, triton.cdiv(channels, config.channels))](
         x, pack_weight(weight, config.channels), Norm(scale, shift), y, partials,
         Images(n, *x.shape[2:]), Images(n, out_h, out_w), rows, *padding(x, kernel, stride, same), *group(channels),
         KERNEL=kernel, STRIDE=stride, **config.meta(),
     )  # fmt: skip
-    return y, *merge_moments(partials)
+    mean, m2 = merge_moments(partials)
+    return y, mean, m2
 
 
 def dwconv_affine(
@@ -182,7 +184,7 @@ def dwconv_affine(
     config = depthwise_config("forward", kernel, stride, x)
     rows = strip_rows(out_h)
     strips = triton.cdiv(out_h, rows) * triton.cdiv(out_w, config.columns)
-    partials = x.new_empty(n, strips, channels, dtype=torch.float32)
+    partials = empty_floats(x, n, strips, channels)
     dwconv_affine_kernel[(triton.cdiv(n * strips, config.lanes), triton.cdiv(channels, config.channels))](
         x, pack_weight(weight, config.channels), Norm(in_scale, in_shift), Norm(scale, shift), z, partials,
         Images(n, *x.shape[2:]), Images(n, out_h, out_w), rows, *padding(x, kernel, stride, same), *group(channels),

@@ -30,6 +30,7 @@ from effnet_fast.passes.triton.launch import (
     check_operands,
     check_window,
     depthwise_config,
+    empty_floats,
     group,
     pack_weight,
     padding,
@@ -74,7 +75,7 @@ def backward_dwconv_kernel(
     groups, GROUP: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """g, and each program's sums for dweight and, with a norm, of g and g * hat: partials [programs, KERNEL^2 + 2, C]."""
+    """g, and each program's dweight and, with a norm, sums of g and g * hat: partials [programs, KERNEL^2 + 2, C]."""
     REACH: tl.constexpr = (KERNEL + STRIDE - 1) // STRIDE
     WIDTH: tl.constexpr = COLUMNS + REACH - 1
     channels = groups * GROUP
@@ -196,7 +197,7 @@ def backward_dwconv(
     tiles_per_program = triton.cdiv(tiles, max(1, PROGRAMS // across))
     programs = triton.cdiv(tiles, tiles_per_program)
     taps = kernel * kernel
-    partials = x.new_empty(1, programs, (taps + 2) * channels, dtype=torch.float32)
+    partials = empty_floats(x, 1, programs, (taps + 2) * channels)
     backward_dwconv_kernel[(programs, across)](
         grad, y, x, pack_weight(weight, config.channels), OutputGrad(scale, shift, mean, gate, pooled_grad, a, b),
         Norm(in_scale, in_shift, in_mean, in_rstd), g, partials,

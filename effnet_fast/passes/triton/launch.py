@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from effnet_fast.passes.reference import same_padding
 
-# Programs of a pass whose partial results are added up afterwards. It follows from the shape alone, not from the device,
-# so that results are the same on every GPU: some waves on a large one, and few enough for their partials to be small.
+# Programs of a pass whose partial results are added up afterwards: some waves on a large GPU, and few enough for the
+# partials to be small. Not from the device, so that results are the same on every GPU.
 PROGRAMS = 1024
 
 
@@ -101,6 +101,11 @@ def padding(x: Tensor, kernel: int, stride: int, same: bool) -> tuple[int, int]:
     return kernel // 2, kernel // 2
 
 
+def empty_floats(like: Tensor, *shape: int) -> Tensor:
+    """Uninitialised float32 on a tensor's device."""
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
 def pack_weight(weight: Tensor, block: int) -> Tensor:
     """Depthwise weights [C, 1, k, k] as float32 [blocks of channels, k * k, block], zeros where there is no channel."""
     taps = weight.flatten(1).float()
@@ -142,6 +147,4 @@ def check_operands(x: Tensor, **operands: Any) -> None:
         if operand is None:
             continue
         if operand.dtype != torch.float32 or tuple(operand.shape) != shape or not operand.is_contiguous():
-            raise ValueError(
-                f"{name}: got {operand.dtype} {tuple(operand.shape)}, must be contiguous float32 {shape}"
-            )
+            raise ValueError(f"{name}: got {operand.dtype} {tuple(operand.shape)}, must be contiguous float32 {shape}")

@@ -20,6 +20,7 @@ from effnet_fast.passes.triton.launch import (
     check_activation,
     check_like,
     check_operands,
+    empty_floats,
     group,
     pointwise_config,
 )
@@ -178,7 +179,7 @@ def channel_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     across = triton.cdiv(channels, config.channels)
     pixels = n * height * width
     run = triton.cdiv(triton.cdiv(pixels, max(1, PROGRAMS // across)), config.lanes) * config.lanes
-    partials = x.new_empty(triton.cdiv(pixels, run), 3, channels, dtype=torch.float32)
+    partials = empty_floats(x, triton.cdiv(pixels, run), 3, channels)
     channel_stats_kernel[(len(partials), across)](x, partials, pixels, run, *group(channels), **config.tile())
     return merge_moments(partials)
 
@@ -199,7 +200,7 @@ def pool(y: Tensor, scale: Tensor, shift: Tensor, silu: bool) -> Tensor:
     config = pointwise_config(y)
     across = triton.cdiv(channels, config.channels)
     segments, run = _segments(y, config.lanes, across)
-    partials = y.new_empty(n, segments, channels, dtype=torch.float32)
+    partials = empty_floats(y, n, segments, channels)
     pool_kernel[(n * segments, across)](
         y, Norm(scale, shift), partials, height * width, segments, run, *group(channels), SILU=silu, **config.tile()
     )
@@ -237,7 +238,7 @@ def backward_sums(
     config = pointwise_config(y)
     across = triton.cdiv(channels, config.channels)
     segments, run = _segments(y, config.lanes, across)
-    partials = y.new_empty(sums * n, segments, channels, dtype=torch.float32)
+    partials = empty_floats(y, sums * n, segments, channels)
     backward_sums_kernel[(n * segments, across)](
         grad, y, Norm(scale, shift, mean, rstd), partials, n * segments * channels, height * width, segments, run,
         *group(channels), SILU=silu, **config.tile(),

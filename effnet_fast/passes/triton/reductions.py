@@ -1,9 +1,10 @@
-"""From the partial results of a pass's programs to its result, in a fixed order: no atomics, runs repeat bit for bit."""
+"""From the partial results of programs to a pass's result: in a fixed order, so that runs repeat bit for bit."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from effnet_fast.passes.triton.launch import empty_floats
 
 _BLOCK_P, _BLOCK_C = 64, 16
 
@@ -71,7 +72,7 @@ def sum_partials_kernel(partials, result, count, width, BLOCK_P: tl.constexpr, B
 def merge_moments(partials: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and m2 [C] of everything, from the programs' count, mean and m2: partials [programs, 3, C]."""
     count, _, channels = partials.shape
-    mean, m2 = partials.new_empty(channels), partials.new_empty(channels)
+    mean, m2 = empty_floats(partials, channels), empty_floats(partials, channels)
     merge_moments_kernel[(triton.cdiv(channels, _BLOCK_C),)](
         partials, mean, m2, count, channels, BLOCK_P=_BLOCK_P, BLOCK_C=_BLOCK_C
     )
@@ -81,7 +82,7 @@ def merge_moments(partials: Tensor) -> tuple[Tensor, Tensor]:
 def sum_partials(partials: Tensor) -> Tensor:
     """Sums of partials [rows, count, width] over count: [rows, width]."""
     rows, count, width = partials.shape
-    result = torch.empty(rows, width, dtype=torch.float32, device=partials.device)
+    result = empty_floats(partials, rows, width)
     sum_partials_kernel[(rows, triton.cdiv(width, _BLOCK_C))](
         partials, result, count, width, BLOCK_P=_BLOCK_P, BLOCK_C=_BLOCK_C
     )
