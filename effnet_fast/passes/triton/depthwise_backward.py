@@ -205,4 +205,4 @@ def backward_dwconv(
         tiles, tiles_per_program, *group(channels), KERNEL=kernel, STRIDE=stride, **config.meta(),
     )  # fmt: skip
     totals = sum_partials(partials).view(taps + 2, channels)
-    return g, totals[:taps].T.reshape(weight.shape), totals[taps:].clone()
+    return g, totals[:taps].T.contiguous().view(weight.shape), totals[taps:].clone()

@@ -41,10 +41,10 @@ POINTWISE = {2: Config(32, 64), 4: Config(32, 32)}
 # By kernel, stride and bytes of a value. Forward, a thread takes 16 bytes of channels, 128 bytes a lane. Wider strips
 # activate fewer pixels twice, but need KERNEL / STRIDE * columns sums a channel in registers.
 FORWARD = {
-    (3, 1, 2): Config(16, 64, 2),
+    (3, 1, 2): Config(16, 64, 3),
     (3, 2, 2): Config(16, 64, 2),
     (5, 1, 2): Config(16, 64, 2),
-    (5, 2, 2): Config(16, 64, 2),
+    (5, 2, 2): Config(16, 64, 1),
     (7, 1, 2): Config(16, 64, 1),
     (7, 2, 2): Config(16, 64, 1),
     (3, 1, 4): Config(16, 32, 4),
