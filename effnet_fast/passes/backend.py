@@ -23,7 +23,7 @@ from effnet_fast.passes import products, reference, schema
 BACKENDS = ("auto", "eager", "cpu", "cuda", "triton")
 
 # Native backends of a device, best first.
-_OF_DEVICE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+_OF_DEVICE = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "xpu": ("triton",)}
 
 _LOG = logging.getLogger("effnet_fast")
 
