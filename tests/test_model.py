@@ -12,6 +12,7 @@ from torchvision.models.efficientnet import MBConvConfig
 
 from effnet_fast import VARIANTS, EfficientNet, Scaling, create_model
 from effnet_fast.scaling import get_variant
+from tests.test_interop import randomize_batch_norm
 
 REFERENCE_PARAMETERS = {  # 10 classes
     "baseline": 7_155_658,
@@ -376,6 +377,21 @@ def test_memory_policies_keep_less_and_change_nothing() -> None:
     assert kept["min"] < 0.5 * kept["lean"]  # inputs of the parts, and statistics
     for memory in ("lean", "min"):
         assert all(torch.equal(a, b) for a, b in zip(gradients["fast"], gradients[memory], strict=True))
+
+
+# Weights and activations are rounded (2^-9, 2^-12) in each of 49 convolutions.
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 0.2), (torch.float16, 0.03)], ids=str)
+def test_a_model_of_16_bit_parameters(dtype: torch.dtype, limit: float) -> None:
+    """Converted as a whole rather than under autocast: BatchNorm's statistics too."""
+    torch.manual_seed(0)
+    model = create_model("b0", family="paper").eval()
+    images = torch.randn(4, 3, 64, 64)
+    with torch.no_grad():
+        randomize_batch_norm(model, images)
+        expected = model(images)
+        logits = model.to(dtype)(images.to(dtype))
+    assert logits.dtype == dtype
+    assert (logits.float() - expected).norm() < limit * expected.norm()
 
 
 def test_unknown_memory_policy() -> None:

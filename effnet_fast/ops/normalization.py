@@ -62,8 +62,9 @@ class BatchNorm(NamedTuple):
             self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
 
     def running(self) -> "Norm":
-        """The norm that the running statistics make."""
-        return Norm.make(self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+        """The norm that the running statistics make, in float32 at least."""
+        floats = torch.promote_types(self.running_mean.dtype, torch.float32)
+        return Norm.make(self.running_mean.to(floats), self.running_var.to(floats), self.weight, self.bias, self.eps)
 
 
 class Norm(NamedTuple):

@@ -13,11 +13,8 @@ from effnet_fast.passes.reference import same_padding
 
 
 def patches(passes: Any, x: Tensor, kernel: int, stride: int, same: bool) -> Tensor:
-    n, c = x.shape[:2]
-    padded = F.pad(x, window_padding(x, kernel, stride, same))
-    h, w = ((size - kernel) // stride + 1 for size in padded.shape[2:])
-    columns = F.unfold(padded, kernel, stride=stride).view(n, c, kernel * kernel, h, w)
-    rows = columns.permute(0, 3, 4, 2, 1).reshape(n, h, w, -1)
+    windows = F.pad(x, window_padding(x, kernel, stride, same)).unfold(2, kernel, stride).unfold(3, kernel, stride)
+    rows = windows.permute(0, 2, 3, 4, 5, 1).flatten(3)
     return F.pad(rows, (0, -rows.shape[3] % 8)).permute(0, 3, 1, 2)
 
 

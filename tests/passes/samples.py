@@ -105,6 +105,8 @@ def product_calls(shape: tuple[int, int, int, int], dtype: torch.dtype, out_chan
     scale, gate = (torch.rand(size, generator=g) + 0.5 for size in ((out_channels,), (n, out_channels)))
     in_shift, in_mean = (torch.randn(c, generator=g) * 0.3 for _ in range(2))
     shift, mean, a, b = (torch.randn(out_channels, generator=g) * 0.3 for _ in range(4))
+    for kernel, stride, same in ((3, 2, False), (5, 1, True), (3, 2, True)):
+        yield Call("patches", (channels_last(x[:, : out_channels // 8]), kernel, stride, same))
     for affine in ((None, None), (in_scale, in_shift)):
         for gated in (None, in_gate):
             yield Call("pointwise_stats", (x, weight, *affine, gated))
