@@ -16,7 +16,13 @@ COMPILED = [
 ] + [(90, "bf16", "5x5 / 1, BN")]
 
 
-@pytest.mark.parametrize(("architecture", "dtype", "case"), COMPILED)
+KNOWN_TO_SPILL = pytest.mark.xfail(strict=True, reason="dwconv_stats 5x5 / 2 spills 16 bytes a thread on sm_90")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "case"),
+    [pytest.param(*c, marks=KNOWN_TO_SPILL) if c == (90, "bf16", "5x5 / 2, BN") else c for c in COMPILED],
+)
 def test_nothing_spills_and_loads_are_wide(architecture: int, dtype: str, case: str) -> None:
     seen = 0
     for name, call in cases(DTYPES[dtype]):

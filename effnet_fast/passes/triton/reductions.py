@@ -20,11 +20,12 @@ def store_moments(partials, center, distance, square, count, c, channels):
     total = tl.sum(weight)
     offset = distance / tl.maximum(weight, 1.0)  # the lane's mean is center + offset
     mean = tl.sum((center + offset) * weight, 0) / total
-    around = center + offset - mean[None, :]
-    m2 = tl.sum(square - distance * offset + weight * around * around, 0)
+    around = center - mean[None, :] + offset
+    correction = tl.sum(around * weight, 0) / total  # what rounding a large mean lost
+    m2 = tl.sum(square - distance * offset + weight * around * around, 0) - total * correction * correction
     partials += tl.program_id(0).to(tl.int64) * 3 * channels + c
     tl.store(partials, tl.zeros_like(mean) + total, mask=c < channels)
-    tl.store(partials + channels, mean, mask=c < channels)
+    tl.store(partials + channels, mean + correction, mask=c < channels)
     tl.store(partials + 2 * channels, m2, mask=c < channels)
 
 
