@@ -41,37 +41,16 @@ struct Tile {
   }
 };
 
-template <int V>
-__device__ __forceinline__ void store_shared(float* to, const float (&values)[V]) {
-  if constexpr (V == 1) {
-    *to = values[0];
-  } else if constexpr (V == 2) {
-    *reinterpret_cast<float2*>(to) = make_float2(values[0], values[1]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < V; i += 4)
-      *reinterpret_cast<float4*>(to + i) = make_float4(values[i], values[i + 1], values[i + 2], values[i + 3]);
-  }
+// One or two floats of shared memory at once.
+__device__ __forceinline__ void store_shared(float* to, const float (&values)[1]) { *to = values[0]; }
+__device__ __forceinline__ void store_shared(float* to, const float (&values)[2]) {
+  *reinterpret_cast<float2*>(to) = make_float2(values[0], values[1]);
 }
-
-template <int V>
-__device__ __forceinline__ void load_shared(const float* from, float (&values)[V]) {
-  if constexpr (V == 1) {
-    values[0] = *from;
-  } else if constexpr (V == 2) {
-    const float2 two = *reinterpret_cast<const float2*>(from);
-    values[0] = two.x;
-    values[1] = two.y;
-  } else {
-#pragma unroll
-    for (int i = 0; i < V; i += 4) {
-      const float4 four = *reinterpret_cast<const float4*>(from + i);
-      values[i] = four.x;
-      values[i + 1] = four.y;
-      values[i + 2] = four.z;
-      values[i + 3] = four.w;
-    }
-  }
+__device__ __forceinline__ void load_shared(const float* from, float (&values)[1]) { values[0] = *from; }
+__device__ __forceinline__ void load_shared(const float* from, float (&values)[2]) {
+  const float2 two = *reinterpret_cast<const float2*>(from);
+  values[0] = two.x;
+  values[1] = two.y;
 }
 
 // Stores y and keeps its statistics; partials [parts, 3, C]: count, mean, m2.
@@ -103,7 +82,8 @@ struct StatisticsSink {
     __syncthreads();
     if (place.column > 0 || !place.active) return;
     Moments<float> total{0, 0, 0};
-    for (int i = place.lane; i < plane; i += plan.channels) total.merge({shared[i], shared[plane + i], shared[2 * plane + i]});
+    for (int i = place.lane; i < plane; i += plan.channels)
+      total.merge({shared[i], shared[plane + i], shared[2 * plane + i]});
     float* out = partials + (int64_t)place.part * 3 * channels + place.c0 + place.lane;
     out[0] = total.count;
     out[channels] = total.mean;
