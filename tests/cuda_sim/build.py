@@ -75,7 +75,7 @@ def load(path: Path) -> ctypes.CDLL:
 
 def sanitized_program(kernels: Path, sanitizers: str, folder: Path) -> Path:
     """A program that runs every pass once under these sanitizers (as of g++ -fsanitize), over OS threads."""
-    flags = ["-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-DEFFNET_FAST_OS_THREADS"]
+    flags = ["-O0", "-g1", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-DEFFNET_FAST_OS_THREADS"]
     sources = [SIMULATOR / "sanitize.cpp", SIMULATOR / "simulator.cpp"]
     objects = compile_objects(sources, compile_flags(*flags, f"-I{kernels}"), folder)
     program = folder / "sanitize"
