@@ -53,7 +53,7 @@ __device__ __forceinline__ void load_shared(const float* from, float (&values)[2
   values[1] = two.y;
 }
 
-// Stores y and keeps its statistics; partials [parts, 3, C]: count, mean, m2.
+// Stores y and keeps its statistics; partials [parts, 4, C] as those of channel_stats.
 template <class T>
 struct StatisticsSink {
   T* y;
@@ -69,25 +69,28 @@ struct StatisticsSink {
     sums.sums.add(value, sums.count == 0);
     ++sums.count;
   }
-  // `shared`: three floats a thread, [3][column thread][channel].
+  // `shared`: four floats a thread, [4][column thread][channel].
   __device__ __forceinline__ void finish(const Sums& sums, float* shared, const Place& place, const DepthwisePlan& plan,
                                          int column_threads, int64_t, int channels) const {
     const int plane = column_threads * plan.channels;
     if (place.active) {
       const Moments<float> mine = sums.sums.moments(sums.count);
       shared[threadIdx.x] = mine.count;
-      shared[plane + threadIdx.x] = mine.mean;
-      shared[2 * plane + threadIdx.x] = mine.m2;
+      shared[plane + threadIdx.x] = sums.sums.first;
+      shared[2 * plane + threadIdx.x] = mine.mean;
+      shared[3 * plane + threadIdx.x] = mine.m2;
     }
     __syncthreads();
     if (place.column > 0 || !place.active) return;
+    const float *firsts = shared + plane, *means = firsts + plane, *m2s = means + plane, first = firsts[place.lane];
     Moments<float> total{0, 0, 0};
     for (int i = place.lane; i < plane; i += plan.channels)
-      total.merge({shared[i], shared[plane + i], shared[2 * plane + i]});
-    float* out = partials + (int64_t)place.part * 3 * channels + place.c0 + place.lane;
+      total.merge({shared[i], firsts[i] - first + means[i], m2s[i]});
+    float* out = partials + (int64_t)place.part * 4 * channels + place.c0 + place.lane;
     out[0] = total.count;
-    out[channels] = total.mean;
-    out[2 * (int64_t)channels] = total.m2;
+    out[channels] = first;
+    out[2 * (int64_t)channels] = total.mean;
+    out[3 * (int64_t)channels] = total.m2;
   }
 };
 
@@ -125,9 +128,9 @@ struct ForwardShape {
   static constexpr int kRows = (K + S - 1) / S;  // output rows that an input row belongs to
   // Input columns under the windows of `columns` outputs.
   static constexpr int width(int columns) { return (columns - 1) * S + K; }
-  // Two buffers of S rows, and the operands of the input; no less than the sinks' three floats a thread.
+  // Two buffers of S rows, and the operands of the input; no less than the sinks' four floats a thread.
   static int shared_floats(const DepthwisePlan& plan) {
-    return std::max(2 * S * width(plan.columns) * plan.channels, 3 * plan.threads) + 2 * plan.channels;
+    return std::max(2 * S * width(plan.columns) * plan.channels, 4 * plan.threads) + 2 * plan.channels;
   }
 };
 
