@@ -81,7 +81,7 @@ def launch_of(name: str, kernel_size: int, stride: int) -> tuple[int, int]:
         threads = 256 if kernel_size == 7 else 384 if (kernel_size, stride) == (5, 2) else 448
         columns = threads // 16
         return threads, 4 * 16 * (max(2 * (columns + kernel_size - 1), kernel_size * columns) + 7)
-    return 256, {"channel_stats": 16384, "pool": 8192, "backward_sums": 8192, "merge_moments": 6144}.get(name, 1024)
+    return 256, {"channel_stats": 24576, "pool": 8192, "backward_sums": 8192, "merge_moments": 6144}.get(name, 1024)
 
 
 def described(symbol: str) -> tuple[str, str, int, int, int]:

@@ -117,7 +117,7 @@ def depthwise_bytes(s: Section, backward: bool, size: int, device: Device) -> tu
             _overlap(i * rows * s.stride - pad, (min((i + 1) * rows, out_h) + halo) * s.stride - pad, s.h)
             for i in range(segments)
         )
-    partial = 2 * 4 * parts * s.c * (s.kernel**2 + 2 if backward else 3)
+    partial = 2 * 4 * parts * s.c * (s.kernel**2 + 2 if backward else 4)
     return s.n * s.c * sum(widths) * sum(heights) * size, partial
 
 
@@ -135,7 +135,7 @@ def fused_section(s: Section, size: int, device: Device) -> Iterator[Work]:
     taps = s.kernel**2
     read, partial = depthwise_bytes(s, False, size, device)
     if s.expanded:
-        yield Work("channel_stats", x + pixel_partials(s, "x", 3, size, device), 3 * s.x)
+        yield Work("channel_stats", x + pixel_partials(s, "x", 4, size, device), 3 * s.x)
     yield Work("dwconv_stats", read + y + partial, 2 * taps * s.y + 8 * s.x)
     yield Work("pool", y + pixel_partials(s, "y", 1, size, device), 8 * s.y)
     yield Work("apply", 2 * y, 9 * s.y)

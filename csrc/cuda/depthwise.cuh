@@ -41,40 +41,19 @@ struct Tile {
   }
 };
 
-template <int V>
-__device__ __forceinline__ void store_shared(float* to, const float (&values)[V]) {
-  if constexpr (V == 1) {
-    *to = values[0];
-  } else if constexpr (V == 2) {
-    *reinterpret_cast<float2*>(to) = make_float2(values[0], values[1]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < V; i += 4)
-      *reinterpret_cast<float4*>(to + i) = make_float4(values[i], values[i + 1], values[i + 2], values[i + 3]);
-  }
+// One or two floats of shared memory at once.
+__device__ __forceinline__ void store_shared(float* to, const float (&values)[1]) { *to = values[0]; }
+__device__ __forceinline__ void store_shared(float* to, const float (&values)[2]) {
+  *reinterpret_cast<float2*>(to) = make_float2(values[0], values[1]);
+}
+__device__ __forceinline__ void load_shared(const float* from, float (&values)[1]) { values[0] = *from; }
+__device__ __forceinline__ void load_shared(const float* from, float (&values)[2]) {
+  const float2 two = *reinterpret_cast<const float2*>(from);
+  values[0] = two.x;
+  values[1] = two.y;
 }
 
-template <int V>
-__device__ __forceinline__ void load_shared(const float* from, float (&values)[V]) {
-  if constexpr (V == 1) {
-    values[0] = *from;
-  } else if constexpr (V == 2) {
-    const float2 two = *reinterpret_cast<const float2*>(from);
-    values[0] = two.x;
-    values[1] = two.y;
-  } else {
-#pragma unroll
-    for (int i = 0; i < V; i += 4) {
-      const float4 four = *reinterpret_cast<const float4*>(from + i);
-      values[i] = four.x;
-      values[i + 1] = four.y;
-      values[i + 2] = four.z;
-      values[i + 3] = four.w;
-    }
-  }
-}
-
-// Stores y and keeps its statistics; partials [parts, 3, C]: count, mean, m2.
+// Stores y and keeps its statistics; partials [parts, 4, C] as those of channel_stats.
 template <class T>
 struct StatisticsSink {
   T* y;
@@ -90,24 +69,28 @@ struct StatisticsSink {
     sums.sums.add(value, sums.count == 0);
     ++sums.count;
   }
-  // `shared`: three floats a thread, [3][column thread][channel].
+  // `shared`: four floats a thread, [4][column thread][channel].
   __device__ __forceinline__ void finish(const Sums& sums, float* shared, const Place& place, const DepthwisePlan& plan,
                                          int column_threads, int64_t, int channels) const {
     const int plane = column_threads * plan.channels;
     if (place.active) {
       const Moments<float> mine = sums.sums.moments(sums.count);
       shared[threadIdx.x] = mine.count;
-      shared[plane + threadIdx.x] = mine.mean;
-      shared[2 * plane + threadIdx.x] = mine.m2;
+      shared[plane + threadIdx.x] = sums.sums.first;
+      shared[2 * plane + threadIdx.x] = mine.mean;
+      shared[3 * plane + threadIdx.x] = mine.m2;
     }
     __syncthreads();
     if (place.column > 0 || !place.active) return;
+    const float *firsts = shared + plane, *means = firsts + plane, *m2s = means + plane, first = firsts[place.lane];
     Moments<float> total{0, 0, 0};
-    for (int i = place.lane; i < plane; i += plan.channels) total.merge({shared[i], shared[plane + i], shared[2 * plane + i]});
-    float* out = partials + (int64_t)place.part * 3 * channels + place.c0 + place.lane;
+    for (int i = place.lane; i < plane; i += plan.channels)
+      total.merge({shared[i], firsts[i] - first + means[i], m2s[i]});
+    float* out = partials + (int64_t)place.part * 4 * channels + place.c0 + place.lane;
     out[0] = total.count;
-    out[channels] = total.mean;
-    out[2 * (int64_t)channels] = total.m2;
+    out[channels] = first;
+    out[2 * (int64_t)channels] = total.mean;
+    out[3 * (int64_t)channels] = total.m2;
   }
 };
 
@@ -145,9 +128,9 @@ struct ForwardShape {
   static constexpr int kRows = (K + S - 1) / S;  // output rows that an input row belongs to
   // Input columns under the windows of `columns` outputs.
   static constexpr int width(int columns) { return (columns - 1) * S + K; }
-  // Two buffers of S rows, and the operands of the input; no less than the sinks' three floats a thread.
+  // Two buffers of S rows, and the operands of the input; no less than the sinks' four floats a thread.
   static int shared_floats(const DepthwisePlan& plan) {
-    return std::max(2 * S * width(plan.columns) * plan.channels, 3 * plan.threads) + 2 * plan.channels;
+    return std::max(2 * S * width(plan.columns) * plan.channels, 4 * plan.threads) + 2 * plan.channels;
   }
 };
 

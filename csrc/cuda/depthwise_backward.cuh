@@ -131,11 +131,10 @@ __global__ void __launch_bounds__(backward_threads(K, S), 1)
 
     // The thread's input columns, and where they lie; rows enter the window S at a time.
     const int column = (tile.column + place.column) * S - win.pad_w;
-    const bool mine = place.active && place.column < plan.columns;
     const int owned = tile.row * S - win.pad_h, owned_end = min(s.h, tile.row_end * S - win.pad_h);
     const int64_t input_image = tile.image * s.pixels() * s.c + c;
     const auto inside = [&](int row, int p) {
-      return mine && row >= max(owned, 0) && row < owned_end && column + p >= 0 && column + p < s.w;
+      return place.active && row >= max(owned, 0) && row < owned_end && column + p >= 0 && column + p < s.w;
     };
     const auto load_x = [&](int step, Packet<T, 1> (&entering)[S][S]) {
 #pragma unroll
@@ -190,7 +189,7 @@ __global__ void __launch_bounds__(backward_threads(K, S), 1)
         grads = load(grad, offset);
         ys = load(y, offset);
       }
-      if (mine) {
+      if (place.active) {
 #pragma unroll
         for (int i = 0; i < kColumns; ++i) {
           const float dy = buffer[(place.column + kColumns - 1 - i) * plan.channels + place.lane];

@@ -93,6 +93,7 @@ struct Moments {
 };
 
 // Statistics as values arrive: sums of distances from the first one, so that a large mean does not cancel in the squares.
+// That first value stays beside the moments until they are merged, for the same reason: means next to it are small.
 struct ShiftedSums {
   float first = 0, sum = 0, square = 0;
 
@@ -102,10 +103,11 @@ struct ShiftedSums {
     sum += d;
     square += d * d;
   }
+  // of the distances from `first`
   __device__ __forceinline__ Moments<float> moments(int count) const {
     if (count == 0) return {0, 0, 0};
     const float d = sum / count;
-    return {(float)count, first + d, square - sum * d};
+    return {(float)count, d, square - sum * d};
   }
 };
 

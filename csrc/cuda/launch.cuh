@@ -42,7 +42,7 @@ void Passes<T>::channel_stats(const T* x, float* mean, float* m2, const Shape& s
   const PixelPlan plan(s, on.vector, on.multiprocessors);
   with_vector<T>(on, [&]<int V>() {
     const auto kernel = channel_stats_kernel<T, V>;
-    const int shared_bytes = 2 * plan.rows * plan.lanes * V * (int)sizeof(float);
+    const int shared_bytes = 3 * plan.rows * plan.lanes * V * (int)sizeof(float);
     if (plan.blocks > 0)
       EFFNET_FAST_LAUNCH(kernel, plan.blocks, PixelPlan::kThreads, shared_bytes, on.stream, x, partials, s, plan);
   });

@@ -19,14 +19,14 @@ struct Launch {
 };
 
 inline int64_t channel_stats_partials(const Shape& s, const Launch& on) {
-  return s.n * PixelPlan(s, on.vector, on.multiprocessors).chunks * 3 * s.c;
+  return s.n * PixelPlan(s, on.vector, on.multiprocessors).chunks * 4 * s.c;
 }
 // of `sums` sums per image and channel
 inline int64_t pixel_partials(const Shape& s, int sums, const Launch& on) {
   return (int64_t)PixelPlan(s, on.vector, on.multiprocessors).chunks * sums * s.n * s.c;
 }
 inline int64_t dwconv_stats_partials(const Shape& s, const Window& w, const Launch& on) {
-  return (int64_t)forward_plan(s, w, on.vector, on.multiprocessors).parts * 3 * s.c;
+  return (int64_t)forward_plan(s, w, on.vector, on.multiprocessors).parts * 4 * s.c;
 }
 inline int64_t dwconv_affine_partials(const Shape& s, const Window& w, const Launch& on) {
   return (int64_t)forward_plan(s, w, on.vector, on.multiprocessors).tiles * s.c;

@@ -204,14 +204,14 @@ __global__ void __launch_bounds__(PixelPlan::kThreads, kSilu ? 2 : 4)
   }
 }
 
-// partials [chunks * N, 3, C]: count, mean and m2 of a chunk.
+// partials [chunks * N, 4, C]: of a chunk its count, a value, the mean's distance from that value, and m2.
 template <class T, int V>
 __global__ void __launch_bounds__(PixelPlan::kThreads, 4)
     channel_stats_kernel(const T* __restrict__ x, float* __restrict__ partials, Shape s, PixelPlan plan) {
   EFFNET_FAST_SHARED(shared);
   const Share share(s, plan);
   const int width = plan.lanes * V;
-  float *means = shared, *m2s = shared + plan.rows * width;
+  float *firsts = shared, *means = firsts + plan.rows * width, *m2s = means + plan.rows * width;
   if (share.active) {
     ShiftedSums sums[V];
     const int64_t base = share.image * s.pixels() * s.c + share.c;
@@ -225,19 +225,22 @@ __global__ void __launch_bounds__(PixelPlan::kThreads, 4)
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       const Moments<float> moments = sums[i].moments(share.count(share.row, plan.rows));
-      means[share.row * width + share.lane * V + i] = moments.mean;
-      m2s[share.row * width + share.lane * V + i] = moments.m2;
+      const int at = share.row * width + share.lane * V + i;
+      firsts[at] = sums[i].first;
+      means[at] = moments.mean;
+      m2s[at] = moments.m2;
     }
   }
   __syncthreads();
-  float* out = partials + (share.image * plan.chunks + share.chunk) * 3 * s.c + share.c0;
+  float* out = partials + (share.image * plan.chunks + share.chunk) * 4 * s.c + share.c0;
   for (int k = threadIdx.x; k < share.channels; k += blockDim.x) {
     Moments<float> total{0, 0, 0};
-    for (int row = 0; row < plan.rows; ++row)
-      total.merge({(float)share.count(row, plan.rows), means[row * width + k], m2s[row * width + k]});
+    for (int at = k, row = 0; row < plan.rows; ++row, at += width)
+      total.merge({(float)share.count(row, plan.rows), firsts[at] - firsts[k] + means[at], m2s[at]});
     out[k] = total.count;
-    out[s.c + k] = total.mean;
-    out[2 * s.c + k] = total.m2;
+    out[s.c + k] = firsts[k];
+    out[2 * s.c + k] = total.mean;
+    out[3 * s.c + k] = total.m2;
   }
 }
 
@@ -261,7 +264,7 @@ static __global__ void sum_parts_kernel(const float* __restrict__ partials, int6
   out[transpose ? value % columns * rows + value / columns : value] = total;
 }
 
-// mean and m2 [channels] from partials [parts, 3, channels], in double.
+// mean and m2 [channels] from partials [parts, 4, channels], in double.
 static __global__ void merge_moments_kernel(const float* __restrict__ partials, int64_t parts, int channels,
                                             float* __restrict__ mean, float* __restrict__ m2) {
   EFFNET_FAST_SHARED(shared);
@@ -271,8 +274,8 @@ static __global__ void merge_moments_kernel(const float* __restrict__ partials, 
   Moments<double> total{0, 0, 0};
   if (c < channels)
     for (int64_t part = slice; part < parts; part += kFinalThreads) {
-      const float* from = partials + part * 3 * channels + c;
-      total.merge({from[0], from[channels], from[2 * (int64_t)channels]});
+      const float* from = partials + part * 4 * channels + c;
+      total.merge({from[0], (double)from[channels] + from[2 * (int64_t)channels], from[3 * (int64_t)channels]});
     }
   slices[threadIdx.x] = total;
   __syncthreads();

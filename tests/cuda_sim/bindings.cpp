@@ -24,3 +24,22 @@ extern "C" void simulate(int order, int of_multiprocessors) {
   multiprocessors = of_multiprocessors;
 }
 extern "C" void skip_barrier(const char* file, int line) { simulator::skip_barrier(file, line); }
+
+// Whether the simulator refuses what a GPU would.
+template <class F>
+static int refused(int threads, const F& kernel) {
+  try {
+    simulator::run(1, threads, 0, kernel);
+  } catch (const std::runtime_error&) {
+    return 1;
+  }
+  return 0;
+}
+extern "C" int parting_threads() {
+  return refused(64, [] {
+    if (threadIdx.x < 32) __syncthreads();
+  });
+}
+extern "C" int too_many_threads() {
+  return refused(1025, [] {});
+}

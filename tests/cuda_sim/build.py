@@ -25,13 +25,13 @@ def cuda_include() -> Path | None:
     return None
 
 
-def compile_flags(kernels: Path, *extra: str) -> list[str]:
-    """g++'s flags for the kernels in this folder."""
+def compile_flags(*extra: str) -> list[str]:
+    """g++'s flags for kernels and bindings."""
     headers = [SIMULATOR, cuda_include(), *include_paths()]
     return [
         *("g++", "-std=c++20", "-fPIC", "-fno-strict-aliasing", "-w", "-DEFFNET_FAST_SIMULATED", *extra),
         "-DTORCH_TARGET_VERSION=0x020b000000000000",
-        *(f"-I{path}" for path in [kernels.parent, *headers]),
+        *(f"-I{path}" for path in headers),
     ]
 
 
@@ -60,7 +60,7 @@ def library() -> Path:
     if not built.exists():
         folder = built.with_suffix(f".{os.getpid()}")
         folder.mkdir(parents=True)
-        objects = compile_objects(sorted(sources), compile_flags(KERNELS, "-O1"), folder)
+        objects = compile_objects(sorted(sources), compile_flags("-O1"), folder)
         libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu"]
         subprocess.run(["g++", "-shared", "-o", str(folder / "sim.so"), *objects, *libraries], check=True)
         os.replace(folder / "sim.so", built)
@@ -75,9 +75,9 @@ def load(path: Path) -> ctypes.CDLL:
 
 def sanitized_program(kernels: Path, sanitizers: str, folder: Path) -> Path:
     """A program that runs every pass once under these sanitizers (as of g++ -fsanitize), over OS threads."""
-    flags = ["-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-DEFFNET_FAST_OS_THREADS"]
+    flags = ["-O0", "-g1", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-DEFFNET_FAST_OS_THREADS"]
     sources = [SIMULATOR / "sanitize.cpp", SIMULATOR / "simulator.cpp"]
-    objects = compile_objects(sources, compile_flags(kernels, *flags, f"-I{kernels}"), folder)
+    objects = compile_objects(sources, compile_flags(*flags, f"-I{kernels}"), folder)
     program = folder / "sanitize"
     subprocess.run(["g++", f"-fsanitize={sanitizers}", "-o", str(program), *objects, "-lpthread"], check=True)
     return program

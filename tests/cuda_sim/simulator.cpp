@@ -44,7 +44,7 @@ bool is_skipped(const char* file, int line) {
 class SharedMemory {
  public:
   explicit SharedMemory(size_t bytes) : floats_(bytes / sizeof(float)) { shared_memory = floats_.data(); }
-  void poison() { std::memset((void*)floats_.data(), 0xff, floats_.size() * sizeof(float)); }
+  void poison() { std::fill(floats_.begin(), floats_.end(), NAN); }
 
  private:
   std::vector<float> floats_;

@@ -9,7 +9,8 @@ from torch import Tensor
 from effnet_fast.passes import reference
 from effnet_fast.passes.schema import PASSES
 from tests.cuda_sim.conftest import FORWARD, ORDERS, RANDOM, REVERSE, Simulate
-from tests.passes.samples import CONVOLUTIONS, SHAPES, Call, depthwise_calls, elementwise_calls
+from tests.passes.samples import CONVOLUTIONS, SHAPES, Call, channels_last, depthwise_calls, elementwise_calls
+from tests.passes.test_cpu import WRONG
 
 # Relative to the largest value of an output. float32: some hundred roundings of 6e-8. 16 bit: the storage's rounding of
 # an activation (2^-9 and 2^-12 of it), and sums of few such values.
@@ -91,3 +92,53 @@ def test_results_do_not_depend_on_the_order_of_threads(passes: SimpleNamespace, 
             simulate(turns, 2)
             results.append(tensors(getattr(passes, call.name)(*call.args)))
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("mean_over_std", [0, 1e3])
+def test_statistics_survive_a_large_mean(passes: SimpleNamespace, simulate: Simulate, mean_over_std: float) -> None:
+    simulate(FORWARD, 2)
+    x = channels_last(torch.randn(4, 16, 19, 23, generator=torch.Generator().manual_seed(0)) + mean_over_std)
+    identity = torch.zeros(16, 1, 3, 3)
+    identity[:, 0, 1, 1] = 1
+    for mean, m2 in (passes.channel_stats(x), passes.dwconv_stats(x, identity, None, None, 1, False)[1:]):
+        torch.testing.assert_close(mean.double(), x.double().mean((0, 2, 3)), rtol=1e-6, atol=1e-6)
+        variance = x.double().var((0, 2, 3), unbiased=False)
+        # as good as two passes in float32: the values' own distance from their mean is exact to 6e-8 of the mean
+        torch.testing.assert_close(m2.double() / (4 * 19 * 23), variance, rtol=1e-5, atol=0)
+
+
+def test_unaligned_activations_take_the_scalar_path(passes: SimpleNamespace, simulate: Simulate) -> None:
+    simulate(FORWARD, 1)
+    shape = (2, 16, 5, 6)
+
+    def moved(value: object) -> object:
+        if not isinstance(value, Tensor) or value.dim() != 4 or value.dtype != torch.bfloat16:
+            return value
+        n, c, h, w = value.shape
+        room = torch.zeros(value.numel() + 1, dtype=value.dtype)
+        view = room[1:].view(n, h, w, c).permute(0, 3, 1, 2)
+        assert view.data_ptr() % 16 == 2
+        return view.copy_(value)
+
+    for call in [*elementwise_calls(shape, torch.bfloat16), *depthwise_calls(shape, torch.bfloat16, 3, 1, False)]:
+        check(passes, Call(call.name, tuple(map(moved, call.args))), torch.bfloat16)
+
+
+X, ONES = channels_last(torch.zeros(2, 16, 4, 4)), torch.ones(16)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    # any number of channels will do here
+    [case for case in WRONG if case[0](X, ONES)[0] in PASSES and "7 channels" not in case[1]],
+)
+def test_wrong_arguments_are_named(passes: SimpleNamespace, make, message: str) -> None:
+    name, args = make(X, ONES)
+    with pytest.raises(RuntimeError, match=message):
+        getattr(passes, name)(*args)
+
+
+def test_a_launch_that_no_gpu_takes_and_parting_threads_are_refused(simulator) -> None:
+    """The simulator itself: barriers that only some threads reach, and more threads than a block may have."""
+    assert simulator.parting_threads() == 1
+    assert simulator.too_many_threads() == 1
