@@ -11,13 +11,13 @@ from effnet_fast.passes.schema import PASSES
 from effnet_fast.passes.triton import depthwise_backward
 from tests.ops.test_ops import Block, call_mbconv, relative_error, sample
 from tests.passes.samples import depthwise_calls, elementwise_calls
-from tests.triton.interpreter import LAUNCHERS, TOLERANCE, check, fix_interpreter
+from tests.triton.interpreter import DTYPES, LAUNCHERS, check, fix_interpreter
 from tests.triton.samples import WINDOWS, call_of, samples
 
 fix_interpreter()
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("kernel", "stride"), WINDOWS)
 @pytest.mark.parametrize("shape", samples(), ids=str)
 def test_backward(

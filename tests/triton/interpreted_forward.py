@@ -9,13 +9,13 @@ from torch import Tensor
 from effnet_fast.passes.triton import depthwise, launch, pointwise
 from effnet_fast.passes.triton.strips import Images, row_pointers
 from tests.passes.samples import activation, elementwise_calls
-from tests.triton.interpreter import TOLERANCE, check, fix_interpreter
+from tests.triton.interpreter import DTYPES, check, fix_interpreter
 from tests.triton.samples import WINDOWS, call_of, samples
 
 fix_interpreter()
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", samples(), ids=str)
 def test_pointwise_passes(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     for call in elementwise_calls(shape, dtype):
@@ -23,7 +23,7 @@ def test_pointwise_passes(shape: tuple[int, int, int, int], dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("name", ["dwconv_stats", "dwconv_affine"])
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("kernel", "stride"), WINDOWS)
 @pytest.mark.parametrize("shape", samples(), ids=str)
 def test_convolutions(
@@ -32,7 +32,7 @@ def test_convolutions(
     check(call_of(name, shape, dtype, kernel, stride), dtype)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("kernel", "stride"), WINDOWS)
 def test_convolutions_with_the_launched_tiles(kernel: int, stride: int, dtype: torch.dtype) -> None:
     check(call_of("dwconv_stats", (2, 72, 5, 11), dtype, kernel, stride), dtype)

@@ -10,6 +10,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -37,6 +38,8 @@ LAUNCHERS = {
 # Relative to the largest value of an output. float32: some hundred roundings of 6e-8. 16 bit: the storage's rounding of
 # an activation, 2^-9 and 2^-12 of it; sums of such values average out.
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
+# float16 takes the same way through the kernels as bfloat16, and a third of the time.
+DTYPES = (torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow))
 
 HALO = 4096  # values on either side: more than a row of any sample
 SENTINEL = -12345.0

@@ -19,9 +19,15 @@ COMPILED = [
 KNOWN_TO_SPILL = pytest.mark.xfail(strict=True, reason="dwconv_stats 5x5 / 2 spills 16 bytes a thread on sm_90")
 
 
+def marks_of(architecture: int, dtype: str, case: str) -> list[pytest.MarkDecorator]:
+    """Kernels of 5x5 compile for ten seconds."""
+    known = [KNOWN_TO_SPILL] if (architecture, case) == (90, "5x5 / 2, BN") else []
+    return [*known, pytest.mark.slow] if case.startswith("5x5") else known
+
+
 @pytest.mark.parametrize(
     ("architecture", "dtype", "case"),
-    [pytest.param(*c, marks=KNOWN_TO_SPILL) if c == (90, "bf16", "5x5 / 2, BN") else c for c in COMPILED],
+    [pytest.param(*c, marks=marks_of(*c)) for c in COMPILED],
 )
 def test_nothing_spills_and_loads_are_wide(architecture: int, dtype: str, case: str) -> None:
     seen = 0

@@ -6,13 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 FILES = ("interpreted_forward.py", "interpreted_backward.py")
 
 
-def test_every_pass_in_the_interpreter() -> None:
+@pytest.mark.parametrize(("marker", "least"), [("not slow", 200), pytest.param("slow", 100, marks=pytest.mark.slow)])
+def test_every_pass_in_the_interpreter(marker: str, least: int) -> None:
     """Both files at once, each in a process of its own."""
     here = Path(__file__).parent
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marker]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     running = [
         subprocess.Popen(
@@ -24,4 +27,4 @@ def test_every_pass_in_the_interpreter() -> None:
     for process, output in zip(running, outputs, strict=True):
         assert process.returncode == 0, output[-3000:]
     passed = sum(int(re.findall(r"(\d+) passed", output)[-1]) for output in outputs)
-    assert passed >= 200
+    assert passed >= least
