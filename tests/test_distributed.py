@@ -15,7 +15,7 @@ import torch
 
 from effnet_fast.run_folder import read_checkpoint
 from tests.test_resume import kill_at_write, wait_for
-from tests.tiny import SMALL, assert_same_bits, finish, results, start
+from tests.tiny import SMALL, assert_same_bits, finish, results, start, tiny_variant
 
 
 def start_group(count: int, log: Path, *arguments: str, dying: int | None = None, at: int = 0) -> list[BaseProcess]:
@@ -65,10 +65,8 @@ def test_the_run_is_one_run(two_processes: Path) -> None:
 def test_validation_counts_every_example_once(two_processes: Path, tmp_path: Path) -> None:
     """The weights of both processes, evaluated by one."""
     from effnet_fast.evaluate import main
-    from tests.tiny import add_tiny
 
-    add_tiny()
-    with pytest.MonkeyPatch.context() as patch:
+    with tiny_variant(), pytest.MonkeyPatch.context() as patch:
         lines: list[str] = []
         patch.setattr("builtins.print", lambda *words, **_: lines.append(" ".join(map(str, words))))
         main([str(two_processes), "--checkpoint", "latest"])

@@ -223,5 +223,6 @@ def test_wrong_arguments_are_named() -> None:
             ops.mbconv_folded(*arguments)
     with pytest.raises(ValueError, match=r"^residual: needs stride 1 and 8 output channels$"):
         ops.mbconv_folded(x, expand, depthwise, se, project, residual=True)
+    wide = [type(operand)(*(t.double() for t in operand)) for operand in (expand, depthwise, se, project)]
     with use_backend("cpu"), pytest.raises(RuntimeError, match=r"'cpu' can't run this call: dtype is torch\.float64"):
-        ops.mbconv_folded(x.double(), expand, depthwise, se, project)
+        ops.mbconv_folded(x.double(), *wide)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,13 @@ from effnet_fast.divergence import Diverged, first_not_finite
 from effnet_fast.layers import MBConv
 from effnet_fast.run_folder import read_checkpoint
 from effnet_fast.trainer import Trainer
-from tests.tiny import SMALL, add_tiny, assert_same_bits, config_of, finish, start
+from tests.tiny import SMALL, assert_same_bits, config_of, finish, start, tiny_variant
 
-add_tiny()
+
+@pytest.fixture(autouse=True)
+def _tiny() -> Iterator[None]:
+    with tiny_variant():
+        yield
 
 
 def trainer(**options: Any) -> Trainer:

@@ -3,15 +3,17 @@
 `start` runs it in a process that is forked from one that has imported everything already.
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
 import sklearn.datasets
 import sklearn.model_selection  # noqa: F401  here so that forked processes need not import them
 import torch
@@ -25,10 +27,14 @@ SMALL += ["--limit-train", "64", "--limit-val", "40", "--epochs", "2"]
 TIMING = ("seconds", "images_per_second", "peak_memory_bytes")
 
 
-def add_tiny() -> None:
-    for family in scaling.FAMILIES.values():
-        family.variants["tiny"] = scaling.Variant(scaling.Scaling(0.1, 0.2), 0.2, 0.2)
-    train.VARIANTS = (*scaling.VARIANTS, "tiny")
+@contextlib.contextmanager
+def tiny_variant() -> Iterator[None]:
+    """The variant exists inside a ``with`` block."""
+    with pytest.MonkeyPatch.context() as patch:
+        for family in scaling.FAMILIES.values():
+            patch.setitem(family.variants, "tiny", scaling.Variant(scaling.Scaling(0.1, 0.2), 0.2, 0.2))
+        patch.setattr(train, "VARIANTS", (*scaling.VARIANTS, "tiny"))
+        yield
 
 
 def config_of(**options: Any) -> Config:
@@ -41,7 +47,6 @@ def config_of(**options: Any) -> Config:
 def main(
     arguments: list[str], log: Path | None = None, environment: Mapping[str, str] | None = None, prepare: Any = None
 ) -> None:
-    add_tiny()
     # The system's default, which a process that was started by the fork server would not have.
     multiprocessing.set_start_method("fork", force=True)
     os.environ.update(environment or {})
@@ -52,7 +57,8 @@ def main(
             os.dup2(file.fileno(), 2)
     if prepare is not None:
         prepare()
-    train.main(arguments)
+    with tiny_variant():
+        train.main(arguments)
 
 
 def start(
