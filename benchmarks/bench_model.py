@@ -164,6 +164,7 @@ def onnxruntime_forward(size: int, n: int) -> Call:
 
     batch = images(n, size).contiguous().numpy()
     options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it would slow down whoever comes next
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(onnx_bytes(), options, providers=["CPUExecutionProvider"])
     feed = {session.get_inputs()[0].name: batch}
