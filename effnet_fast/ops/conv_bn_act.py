@@ -43,7 +43,7 @@ def conv_bn_act(
     if convolution_backend(x, weight, stride) == "eager" or (needs_grad and not bn.training):
         return conv_bn_act_eager(x, weight, bn, stride=stride, same=same, silu=silu)
     if x.device.type != "cpu":
-        return bn_act(_conv(x, weight, stride, same), bn, silu=silu)
+        return bn_act(convolve(x, weight, None, stride, same), bn, silu=silu)
     if not bn.training:
         passes = passes_for(x.new_empty(0, weight.shape[0], 1, 1))
         source, matrix = as_product(passes, x, weight, stride, same)
@@ -57,14 +57,16 @@ def conv_bn_act_eager(
     x: Tensor, weight: Tensor, bn: BatchNorm, *, stride: int = 1, same: bool = False, silu: bool = True
 ) -> Tensor:
     """`conv_bn_act` in plain PyTorch: its fallback, oracle and baseline."""
-    return bn_act_eager(_conv(x, weight, stride, same), bn, silu=silu)
+    return bn_act_eager(convolve(x, weight, None, stride, same), bn, silu=silu)
 
 
-def _conv(x: Tensor, weight: Tensor, stride: int, same: bool) -> Tensor:
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, same: bool, groups: int = 1) -> Tensor:
+    """PyTorch's convolution with symmetric or SAME padding."""
     kernel = weight.shape[-1]
+    padding = kernel // 2
     if same:
-        return F.conv2d(F.pad(x, window_padding(x, kernel, stride, same)), weight, None, stride)
-    return F.conv2d(x, weight, None, stride, kernel // 2)
+        x, padding = F.pad(x, window_padding(x, kernel, stride, same)), 0
+    return F.conv2d(x, weight, bias, stride, padding, groups=groups)
 
 
 def convolution_backend(x: Tensor, weight: Tensor, stride: int) -> str:

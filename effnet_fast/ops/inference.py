@@ -7,10 +7,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from effnet_fast.ops.activations import as_activation
-from effnet_fast.ops.conv_bn_act import as_product, convolution_backend
+from effnet_fast.ops.conv_bn_act import as_product, convolution_backend, convolve
 from effnet_fast.ops.squeeze_excite import SqueezeExcite
 from effnet_fast.passes.backend import passes_for, resolve
-from effnet_fast.passes.products import window_padding
 
 
 class Convolution(NamedTuple):
@@ -42,7 +41,7 @@ def conv_folded_eager(
     x: Tensor, conv: Convolution, *, stride: int = 1, same: bool = False, silu: bool = True
 ) -> Tensor:
     """`conv_folded` in plain PyTorch: its fallback, oracle and baseline."""
-    y = _convolve(x, conv, stride, same)
+    y = convolve(x, *conv, stride, same)
     return F.silu(y) if silu else y
 
 
@@ -98,17 +97,9 @@ def mbconv_folded_eager(
 ) -> Tensor:
     """`mbconv_folded` in plain PyTorch: its fallback, oracle and baseline."""
     e = x if expand is None else F.silu(F.conv2d(x, *expand))
-    z = F.silu(_convolve(e, depthwise, stride, same, groups=e.shape[1]))
+    z = F.silu(convolve(e, *depthwise, stride, same, groups=e.shape[1]))
     out = F.conv2d(se.eager(z), *project)
     return x + out if residual else out
-
-
-def _convolve(x: Tensor, conv: Convolution, stride: int, same: bool, groups: int = 1) -> Tensor:
-    kernel = conv.weight.shape[-1]
-    padding = kernel // 2
-    if same:
-        x, padding = F.pad(x, window_padding(x, kernel, stride, same)), 0
-    return F.conv2d(x, *conv, stride, padding, groups=groups)
 
 
 def _affine(bias: Tensor) -> tuple[Tensor, Tensor]:
