@@ -17,8 +17,11 @@ inline void fill_grad_row(const T* grad, const T* y, int64_t width, int64_t chan
     return;
   }
   const auto output_grad = op.of<T>(n, channels, c, lanes);
-  for (int64_t i = 0; i < width; ++i)
+  for (int64_t i = 0; i < width; ++i) {
+    prefetch(grad + (i + width) * channels);
+    prefetch(y + (i + width) * channels);
     store(to + i * kLanes, output_grad(load(grad + i * channels, lanes), load(y + i * channels, lanes)));
+  }
 }
 
 // The BatchNorm + SiLU between the input x and the convolution, or nulls.
@@ -58,9 +61,12 @@ inline void weight_grad_rows(int64_t width, int64_t pad_w, const float* activate
     const Vec a = load(activated + iw * kLanes);
     const int64_t last = (iw + pad_w) / S;
 #pragma GCC unroll 8
-    for (int j = 0; j < Rows; ++j)
+    for (int j = 0; j < Rows; ++j) {
+      const float* at = dy[first + j] + last * kLanes;
+      asm("" : "+r"(at));  // as in dw_columns
 #pragma GCC unroll 8
-      for (int i = 0; PW + S * i < K; ++i) acc[j * K + PW + S * i] += load(dy[first + j] + (last - i) * kLanes) * a;
+      for (int i = 0; PW + S * i < K; ++i) acc[j * K + PW + S * i] += load(at - i * kLanes) * a;
+    }
   };
   int64_t iw = 0;
   if constexpr (S == 1) {
@@ -114,6 +120,7 @@ inline void load_input_row(const T* x, int64_t width, int64_t channels, int64_t 
   const Vec scale = load(norm.scale + c, lanes), shift = load(norm.shift + c, lanes);
   const Vec mean = load(norm.mean + c, lanes), rstd = load(norm.rstd + c, lanes);
   for (int64_t i = 0; i < width; ++i) {
+    prefetch(x + (i + width) * channels);
     const Vec value = load(x + i * channels, lanes), u = value * scale + shift, s = sigmoid<T>(u), z = u * s;
     store(row.activated + i * kLanes, z);
     store(row.slope + i * kLanes, silu_slope(s, z));
@@ -129,6 +136,7 @@ inline void store_grad_row(const InputRow& row, int64_t width, int64_t channels,
   for (int64_t i = 0; i < width; ++i) {
     Vec g = load(row.grad + i * kLanes);
     if (normed) g *= load(row.slope + i * kLanes);
+    prefetch_to_write(out + (i + width) * channels);
     store(out + i * channels, g, lanes);
     if (normed) {
       g = load(out + i * channels, lanes);

@@ -60,7 +60,8 @@ std::tuple<Tensor, Tensor> channel_stats(const Tensor& x) {
       float* const sums[2] = {mean_n, m2_n};
       // shifted by the image's first pixel, so that a large mean does not cancel in the squares
       reduce_pixels<2>(s, v_begin, v_end, sums, [&](int64_t c, auto lanes) {
-        return [=, first = load(image + c, lanes)](int64_t at, Vec* acc) {
+        return [=, &s, first = load(image + c, lanes)](int64_t at, Vec* acc) {
+          prefetch(image + at + kTile * s.c);
           const Vec d = load(image + at, lanes) - first;
           acc[0] += d;
           acc[1] += d * d;
@@ -91,7 +92,8 @@ Tensor pool(const Tensor& y, const Tensor& scale, const Tensor& shift, bool silu
       const T* image = data + n * s.pixels() * s.c;
       float* const sums[1] = {floats(out) + n * s.c};
       reduce_pixels<1>(s, v_begin, v_end, sums, [&](int64_t c, auto lanes) {
-        return [=, scale = load(sc + c, lanes), shift = load(sh + c, lanes)](int64_t at, Vec* acc) {
+        return [=, &s, scale = load(sc + c, lanes), shift = load(sh + c, lanes)](int64_t at, Vec* acc) {
+          prefetch(image + at + kTile * s.c);
           const Vec u = load(image + at, lanes) * scale + shift;
           acc[0] += silu_ ? silu<T>(u) : u;
         };
@@ -104,9 +106,10 @@ Tensor pool(const Tensor& y, const Tensor& scale, const Tensor& shift, bool silu
 // Visits every vector of a tensor, in parallel over blocks of pixels. f(image, c, lanes) loads what it needs of the
 // channels from c on and returns the body that is given element offsets. A block is short, so that its rows are read as
 // parallel streams, and long enough to share the loaded operands.
+constexpr int64_t kBlock = 8;
+
 template <class F>
 inline void for_each_vector(const Shape& s, const F& f) {
-  constexpr int64_t kBlock = 8;
   const int64_t blocks = (s.pixels() + kBlock - 1) / kBlock;
   const int64_t grain = std::max<int64_t>(1, 2048 / std::max<int64_t>(s.c, 1));
   torch::stable::parallel_for(0, s.n * blocks, grain, [&](int64_t begin, int64_t end) {
@@ -130,6 +133,7 @@ Tensor apply(const Tensor& y, const Tensor& scale, const Tensor& shift, bool sil
   const float* g = check_floats(gate, "gate", s.c, s.n);
   if (residual) check_like(*residual, "residual", y, "y");
   Tensor out = empty_nhwc(s, y.scalar_type());
+  const int64_t ahead = 2 * kBlock * s.c;
   dispatch(y, "y", [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const T* in = (const T*)y.const_data_ptr();
@@ -139,10 +143,15 @@ Tensor apply(const Tensor& y, const Tensor& scale, const Tensor& shift, bool sil
       const Vec scale = load(sc + c, lanes), shift = load(sh + c, lanes);
       const Vec factor = g ? load(g + n * s.c + c, lanes) : broadcast(1.f);
       return [=](int64_t at) {
+        prefetch(in + at + ahead);
+        prefetch_to_write(o + at + ahead);
         Vec z = load(in + at, lanes) * scale + shift;
         if (silu_) z = silu<T>(z);
         z *= factor;
-        if (res) z += load(res + at, lanes);
+        if (res) {
+          prefetch(res + at + ahead);
+          z += load(res + at, lanes);
+        }
         store(o + at, z, lanes);
       };
     });
@@ -170,8 +179,10 @@ Tensor backward_sums(const Tensor& grad, const Tensor& y, const Tensor& scale, c
       };
       if (silu_)
         reduce_pixels<5>(s, v_begin, v_end, sum, [&](int64_t c, auto lanes) {
-          return [=, ops = operands(c, lanes)](int64_t at, Vec* acc) {
+          return [=, &s, ops = operands(c, lanes)](int64_t at, Vec* acc) {
             const auto [scale, shift, mean, rstd] = ops;
+            prefetch(g + image + at + kTile * s.c);
+            prefetch(in + image + at + kTile * s.c);
             const Vec dz = load(g + image + at, lanes), value = load(in + image + at, lanes);
             const Vec u = value * scale + shift, hat = (value - mean) * rstd;
             const Vec sig = sigmoid<T>(u), z = u * sig, slope = silu_slope(sig, z), du = dz * slope;
@@ -184,7 +195,9 @@ Tensor backward_sums(const Tensor& grad, const Tensor& y, const Tensor& scale, c
         });
       else
         reduce_pixels<2>(s, v_begin, v_end, sum, [&](int64_t c, auto lanes) {
-          return [=, ops = operands(c, lanes)](int64_t at, Vec* acc) {
+          return [=, &s, ops = operands(c, lanes)](int64_t at, Vec* acc) {
+            prefetch(g + image + at + kTile * s.c);
+            prefetch(in + image + at + kTile * s.c);
             const Vec dz = load(g + image + at, lanes);
             acc[0] += dz;
             acc[1] += dz * ((load(in + image + at, lanes) - ops[2]) * ops[3]);
@@ -202,13 +215,19 @@ Tensor backward_apply(const Tensor& grad, const Tensor& y, const Tensor& scale, 
   const Shape s = check_nhwc(y, "y");
   const OutputGrad output_grad(scale, shift, mean, gate, pooled_grad, a, b, silu_, true, s);
   Tensor out = empty_nhwc(s, y.scalar_type());
+  const int64_t ahead = 2 * kBlock * s.c;
   dispatch(y, "y", [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const T *g = (const T*)grad.const_data_ptr(), *in = (const T*)y.const_data_ptr();
     T* o = (T*)out.mutable_data_ptr();
     for_each_vector(s, [&](int64_t n, int64_t c, auto lanes) {
       const auto dy = output_grad.of<T>(n, s.c, c, lanes);
-      return [=](int64_t at) { store(o + at, dy(load(g + at, lanes), load(in + at, lanes)), lanes); };
+      return [=](int64_t at) {
+        prefetch(g + at + ahead);
+        prefetch(in + at + ahead);
+        prefetch_to_write(o + at + ahead);
+        store(o + at, dy(load(g + at, lanes), load(in + at, lanes)), lanes);
+      };
     });
   });
   return out;

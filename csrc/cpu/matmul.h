@@ -28,8 +28,7 @@ struct BFloat16Words {
   }
   static void store_row(float* row, int64_t column, Vec v) { store((BFloat16*)row + column, v); }
   static Vec pair(Vec first, Vec second) {
-    const UInt low = __builtin_convertvector(to_bits(first, BFloat16{}), UInt);
-    return (Vec)(low | __builtin_convertvector(to_bits(second, BFloat16{}), UInt) << 16);
+    return (Vec)(widen(to_bits(first, BFloat16{})) | widen(to_bits(second, BFloat16{})) << 16);
   }
 };
 template <class T>

@@ -66,18 +66,23 @@ inline void check_pointwise(const Tensor& weight, const Shape& s) {
   STD_TORCH_CHECK(weight.is_contiguous() || weight.numel() == weight.size(0) * s.c, "weight: must be contiguous");
 }
 
-// Weights of any storage type as floats.
-inline std::vector<float> as_floats(const Tensor& weight) {
-  std::vector<float> values(weight.numel());
+// Weights of any storage type as floats: the tensor's own, or a copy.
+struct FloatWeights {
+  std::vector<float> copy;
+  const float* data;
+};
+
+inline FloatWeights as_floats(const Tensor& weight) {
+  if (weight.scalar_type() == ScalarType::Float) return {{}, (const float*)weight.const_data_ptr()};
+  std::vector<float> copy(weight.numel());
   dispatch(weight, "weight", [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const T* from = (const T*)weight.const_data_ptr();
-    for (int64_t i = 0; i < weight.numel(); i += kLanes) {
-      const int lanes = (int)std::min<int64_t>(kLanes, weight.numel() - i);
-      store(&values[i], load(from + i, lanes), lanes);
-    }
+    for (int64_t v = 0; v * kLanes < weight.numel(); ++v)
+      with_lanes(v, weight.numel(), [&](auto lanes) { store(&copy[v * kLanes], load(from + v * kLanes, lanes), lanes); });
   });
-  return values;
+  const float* data = copy.data();
+  return {std::move(copy), data};
 }
 
 // What is done to the input of a product on load: SiLU(x * scale + shift), times gate; either may be missing.
@@ -105,12 +110,16 @@ inline void form_rows(const T* x, const Shape& s, const Block& block, const Gate
       block.for_each_image(s.pixels(), [&](int64_t image, int64_t begin, int64_t end) {
         const Vec gate = input.gate ? load(input.gate + image * s.c + c, lanes) : broadcast(1.f);
         if (!input.scale) {
-          for (int64_t r = begin; r < end; ++r)
+          for (int64_t r = begin; r < end; ++r) {
+            prefetch_to_second_level(from + (r + block.rows) * s.c);
             Words<T>::store_row(rows + r * row_words, c, load(from + r * s.c, lanes) * gate);
+          }
           return;
         }
-        for (int64_t r = begin; r < end; ++r)
+        for (int64_t r = begin; r < end; ++r) {
+          prefetch_to_second_level(from + (r + block.rows) * s.c);
           Words<T>::store_row(rows + r * row_words, c, silu<T>(load(from + r * s.c, lanes) * scale + shift) * gate);
+        }
       });
     });
 }
@@ -152,7 +161,7 @@ std::tuple<Tensor, Tensor, Tensor> pointwise_stats(const Tensor& x, const Tensor
   check_pointwise(weight, s);
   const GatedInput input(scale, shift, gate, s);
   const int64_t channels = weight.size(0);
-  const std::vector<float> w = as_floats(weight);
+  const FloatWeights w = as_floats(weight);
   const PixelChunks chunks(s);
   Tensor y = empty_nhwc({s.n, channels, s.h, s.w}, x.scalar_type());
   Tensor mean = empty_floats({channels}), m2 = empty_floats({channels});
@@ -161,7 +170,7 @@ std::tuple<Tensor, Tensor, Tensor> pointwise_stats(const Tensor& x, const Tensor
   dispatch(x, "x", [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     T* out = (T*)y.mutable_data_ptr();
-    const Tensor panels = pack_panels<Words<T>>(w.data(), s.c, channels, 1, s.c);
+    const Tensor panels = pack_panels<Words<T>>(w.data, s.c, channels, 1, s.c);
     const auto emit = [&](const Block& block, int64_t vector, const float* from, int64_t stride, float* state) {
       with_lanes(vector, channels, [&](auto lanes) {
         const int64_t c = vector * kLanes;
@@ -176,6 +185,7 @@ std::tuple<Tensor, Tensor, Tensor> pointwise_stats(const Tensor& x, const Tensor
         }
         for (int64_t r = 0; r < block.rows; ++r) {
           const Vec value = load(from + r * stride), d = value - center;
+          prefetch_to_write(to + (r + block.rows) * channels);
           store(to + r * channels, value, lanes);
           sum += d;
           square += d * d;
@@ -205,14 +215,14 @@ Tensor pointwise_affine(const Tensor& x, const Tensor& weight, const OptionalTen
   const GatedInput input(std::nullopt, std::nullopt, gate, s);
   const int64_t channels = weight.size(0);
   const float *sc = check_floats(scale, "scale", channels), *sh = check_floats(shift, "shift", channels);
-  const std::vector<float> w = as_floats(weight);
+  const FloatWeights w = as_floats(weight);
   Tensor z = empty_nhwc({s.n, channels, s.h, s.w}, x.scalar_type());
   if (residual) check_like(*residual, "residual", z, "the output");
   dispatch(x, "x", [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     T* out = (T*)z.mutable_data_ptr();
     const T* res = residual ? (const T*)residual->const_data_ptr() : nullptr;
-    const Tensor panels = pack_panels<Words<T>>(w.data(), s.c, channels, 1, s.c);
+    const Tensor panels = pack_panels<Words<T>>(w.data, s.c, channels, 1, s.c);
     const auto emit = [&](const Block& block, int64_t vector, const float* from, int64_t stride, float*) {
       with_lanes(vector, channels, [&](auto lanes) {
         const int64_t c = vector * kLanes, first = block.begin * channels + c;
@@ -220,8 +230,12 @@ Tensor pointwise_affine(const Tensor& x, const Tensor& weight, const OptionalTen
         for (int64_t r = 0; r < block.rows; ++r) {
           const int64_t at = first + r * channels;
           Vec value = load(from + r * stride) * scale + shift;
+          prefetch_to_write(out + at + block.rows * channels);
           if (silu_) value = silu<T>(value);
-          if (res) value += load(res + at, lanes);
+          if (res) {
+            prefetch_to_second_level(res + at + block.rows * channels);
+            value += load(res + at, lanes);
+          }
           store(out + at, value, lanes);
         }
       });
@@ -267,8 +281,15 @@ inline void form_grad_rows(const T* grad, const T* y, const Shape& s, const Bloc
             if constexpr (W::kDepth > 1) before = store_pair<W>(row_pairs + c, row_words, r, block.rows, before, d);
           }
         };
-        if (!op.scale) return write([&](int64_t at) { return load(grad + at, lanes); });
+        const int64_t ahead = block.rows * s.c;
+        if (!op.scale)
+          return write([&](int64_t at) {
+            prefetch_to_second_level(grad + at + ahead);
+            return load(grad + at, lanes);
+          });
         write([&, dy = op.of<T>(image, s.c, c, lanes)](int64_t at) {
+          prefetch_to_second_level(grad + at + ahead);
+          prefetch_to_second_level(y + at + ahead);
           return dy(load(grad + at, lanes), load(y + at, lanes));
         });
       });
@@ -282,7 +303,7 @@ inline void emit_input_grad(const float* from, int64_t stride, const T* x, const
                             const PixelChunks& chunks, const Block& block, int64_t c, Lanes lanes,
                             const InputActivation& op, T* dx, float* sums, float* activated) {
   using W = Words<T>;
-  const int64_t first = block.begin * s.c + c;
+  const int64_t first = block.begin * s.c + c, ahead = block.rows * s.c;
   Vec before = {};
   const auto each = [&](int64_t begin, int64_t end, const auto& row) {
     for (int64_t r = begin; r < end; ++r) {
@@ -292,7 +313,13 @@ inline void emit_input_grad(const float* from, int64_t stride, const T* x, const
   };
   if (!op.scale)
     return each(0, block.rows, [&](int64_t at, Vec grad) {
-      store(dx + at, residual ? grad + load(residual + at, lanes) : grad, lanes);
+      prefetch_to_write(dx + at + ahead);
+      prefetch_to_second_level(x + at + ahead);
+      if (residual) {
+        prefetch_to_second_level(residual + at + ahead);
+        grad += load(residual + at, lanes);
+      }
+      store(dx + at, grad, lanes);
       return load(x + at, lanes);
     });
   const Vec scale = load(op.scale + c, lanes), shift = load(op.shift + c, lanes);
@@ -304,6 +331,8 @@ inline void emit_input_grad(const float* from, int64_t stride, const T* x, const
     Vec sum[5];
     for (int i = 0; i < 5; ++i) sum[i] = load(image_sums + i * plane, lanes);
     each(begin, end, [&](int64_t at, Vec grad) {
+      prefetch_to_write(dx + at + ahead);
+      prefetch_to_second_level(x + at + ahead);
       store(dx + at, grad, lanes);
       grad = load(dx + at, lanes);  // as rounded
       const Vec value = load(x + at, lanes), u = value * scale + shift, hat = (value - mean) * rstd;
@@ -338,7 +367,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_pointwise(
                                    check_floats(in_gate, "in_gate", s.c, s.n)};
   STD_TORCH_CHECK(!activation.scale || (activation.shift && activation.mean && activation.rstd && !residual),
                   "in_scale: needs in_shift, in_mean and in_rstd as well, and no residual");
-  const std::vector<float> w = as_floats(weight);
+  const FloatWeights w = as_floats(weight);
   const PixelChunks chunks(s);
   // each thread has a weight gradient of its own, summed up in the end
   const int64_t groups = std::clamp<int64_t>(torch::stable::get_num_threads(), 1, std::max<int64_t>(chunks.count, 1));
@@ -353,7 +382,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_pointwise(
     using T = std::remove_pointer_t<decltype(type)>;
     using W = Words<T>;
     const int64_t words = out.c / W::kDepth, row_words = padded_row(out.c), max_rows = block_rows(out.c);
-    const Tensor panels = pack_panels<W>(w.data(), out.c, s.c, s.c, 1);
+    const Tensor panels = pack_panels<W>(w.data, out.c, s.c, s.c, 1);
     for_each_task(groups, [&](int64_t group) {
       float* rows = scratch(max_rows * (2 * row_words + 2 * kPanelColumns));
       float* row_pairs = W::kDepth > 1 ? rows + max_rows * row_words : rows;
