@@ -52,15 +52,10 @@ struct DepthwiseTasks {
 // Depthwise weights [C, 1, k, k] of any storage type as fp32 [vector][tap][lane].
 inline std::vector<float> pack_depthwise(const Tensor& weight, const Shape& s, int64_t taps) {
   std::vector<float> packed(s.vectors() * taps * kLanes);
-  dispatch(weight, "weight", [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    const T* w = (const T*)weight.const_data_ptr();
-    for (int64_t c = 0; c < s.c; ++c)
-      for (int64_t tap = 0; tap < taps; ++tap) {
-        const T one[kLanes] = {w[c * taps + tap]};
-        packed[(c / kLanes * taps + tap) * kLanes + c % kLanes] = load(one)[0];
-      }
-  });
+  const FloatWeights w = as_floats(weight);
+  for (int64_t c = 0; c < s.c; ++c)
+    for (int64_t tap = 0; tap < taps; ++tap)
+      packed[(c / kLanes * taps + tap) * kLanes + c % kLanes] = w.data[c * taps + tap];
   return packed;
 }
 

@@ -139,7 +139,7 @@ inline void store_grad_row(const InputRow& row, int64_t width, int64_t channels,
     prefetch_to_write(out + (i + width) * channels);
     store(out + i * channels, g, lanes);
     if (normed) {
-      g = load(out + i * channels, lanes);
+      g = rounded<T>(g);
       sum += g;
       product += g * load(row.normalized + i * kLanes);
     }

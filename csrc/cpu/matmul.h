@@ -28,7 +28,10 @@ struct BFloat16Words {
   }
   static void store_row(float* row, int64_t column, Vec v) { store((BFloat16*)row + column, v); }
   static Vec pair(Vec first, Vec second) {
-    return (Vec)(widen(to_bits(first, BFloat16{})) | widen(to_bits(second, BFloat16{})) << 16);
+    alignas(64) static constexpr uint16_t kInterleaved[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                              8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return (Vec)_mm512_permutexvar_epi16(_mm512_load_si512(kInterleaved),
+                                         (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
   }
 };
 template <class T>

@@ -9,9 +9,8 @@
 namespace effnet_fast {
 
 // Pixels that are formed, multiplied and emitted together: many, so that the weight gradient is loaded and stored seldom,
-// as long as their formed rows stay in the second-level cache. 128 instead of 64 where rows are short: a third off the
-// backward pass of 24 -> 144 channels at 56 px.
-inline int64_t block_rows(int64_t channels) { return channels <= 512 ? 128 : 64; }
+// as long as their formed rows stay in the second-level cache; whole tiles of rows.
+inline int64_t block_rows(int64_t channels) { return (channels <= 512 ? 132 : 72) / kTileRows * kTileRows; }
 
 // Rows of the matrix of all pixels.
 struct Block {
@@ -51,9 +50,11 @@ struct PixelChunks {
 
   template <class F>
   void for_each_block(int64_t chunk, int64_t max_rows, const F& f) const {
-    const int64_t end = begin(chunk + 1);
-    for (int64_t row = begin(chunk); row < end; row += max_rows) {
-      const int64_t rows = std::min(max_rows, end - row);
+    // blocks as even as can be, of whole tiles but for the last
+    const int64_t end = begin(chunk + 1), blocks = (size(chunk) + max_rows - 1) / max_rows;
+    const int64_t tiles = (size(chunk) + kTileRows - 1) / kTileRows, step = (tiles + blocks - 1) / blocks * kTileRows;
+    for (int64_t row = begin(chunk); row < end; row += step) {
+      const int64_t rows = std::min(step, end - row);
       f(Block{chunk, row, rows, row == begin(chunk), row + rows == end});
     }
   }
@@ -64,25 +65,6 @@ inline void check_pointwise(const Tensor& weight, const Shape& s) {
                   "weight: must be [C_out, ", s.c, ", 1, 1]");
   STD_TORCH_CHECK(weight.size(0) % 8 == 0, "weight: got ", weight.size(0), " output channels, must be a multiple of 8");
   STD_TORCH_CHECK(weight.is_contiguous() || weight.numel() == weight.size(0) * s.c, "weight: must be contiguous");
-}
-
-// Weights of any storage type as floats: the tensor's own, or a copy.
-struct FloatWeights {
-  std::vector<float> copy;
-  const float* data;
-};
-
-inline FloatWeights as_floats(const Tensor& weight) {
-  if (weight.scalar_type() == ScalarType::Float) return {{}, (const float*)weight.const_data_ptr()};
-  std::vector<float> copy(weight.numel());
-  dispatch(weight, "weight", [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    const T* from = (const T*)weight.const_data_ptr();
-    for (int64_t v = 0; v * kLanes < weight.numel(); ++v)
-      with_lanes(v, weight.numel(), [&](auto lanes) { store(&copy[v * kLanes], load(from + v * kLanes, lanes), lanes); });
-  });
-  const float* data = copy.data();
-  return {std::move(copy), data};
 }
 
 // What is done to the input of a product on load: SiLU(x * scale + shift), times gate; either may be missing.
@@ -183,13 +165,22 @@ std::tuple<Tensor, Tensor, Tensor> pointwise_stats(const Tensor& x, const Tensor
           center = sum / (float)block.rows;
           sum = Vec{};
         }
-        for (int64_t r = 0; r < block.rows; ++r) {
+        Vec odd_sum = {}, odd_square = {};  // half as long a chain of additions
+        const auto add = [&](int64_t r, Vec& sum, Vec& square) {
           const Vec value = load(from + r * stride), d = value - center;
           prefetch_to_write(to + (r + block.rows) * channels);
           store(to + r * channels, value, lanes);
           sum += d;
           square += d * d;
+        };
+        int64_t r = 0;
+        for (; r + 1 < block.rows; r += 2) {
+          add(r, sum, square);
+          add(r + 1, odd_sum, odd_square);
         }
+        if (r < block.rows) add(r, sum, square);
+        sum += odd_sum;
+        square += odd_square;
         store(state, center);
         store(state + kLanes, sum);
         store(state + 2 * kLanes, square);
@@ -251,16 +242,25 @@ struct InputActivation {
   const float* gate;                         // [N, C] or null
 };
 
-// Writes row r of `rows` as words that pair neighbouring rows, `stride` apart. `before` is the value of the row before;
-// returns what is to be handed to the next call.
-template <class W>
-inline Vec store_pair(float* to, int64_t stride, int64_t r, int64_t rows, Vec before, Vec value) {
-  const bool second = r % W::kDepth == W::kDepth - 1;
-  if (second)
-    store(to + r / W::kDepth * stride, W::kDepth == 1 ? value : W::pair(before, value));
-  else if (r == rows - 1)
-    store(to + r / W::kDepth * stride, W::pair(value, Vec{}));
-  return value;
+// Writes value(r) for the rows [begin, end) of `rows`, as words that pair neighbouring rows, `stride` apart. `before`:
+// hands the value of a row whose partner is another image's to the next call.
+template <class W, class Value>
+inline void write_pairs(float* to, int64_t stride, int64_t begin, int64_t end, int64_t rows, Vec& before,
+                        const Value& value) {
+  int64_t r = begin;
+  if constexpr (W::kDepth == 1) {
+    for (; r < end; ++r) store(to + r * stride, value(r));
+  } else {
+    if (r % 2 == 1 && r < end) store(to + r / 2 * stride, W::pair(before, value(r))), ++r;
+    for (; r + 1 < end; r += 2) {
+      const Vec first = value(r);
+      store(to + r / 2 * stride, W::pair(first, value(r + 1)));
+    }
+    if (r < end) {
+      before = value(r);
+      if (r == rows - 1) store(to + r / 2 * stride, W::pair(before, Vec{}));
+    }
+  }
 }
 
 // Writes the output's gradient for a block of pixels as rows of words, and again with words that pair neighbouring rows
@@ -275,11 +275,15 @@ inline void form_grad_rows(const T* grad, const T* y, const Shape& s, const Bloc
       Vec before = {};
       block.for_each_image(s.pixels(), [&](int64_t image, int64_t begin, int64_t end) {
         const auto write = [&](const auto& value) {
-          for (int64_t r = begin; r < end; ++r) {
+          const auto row = [&](int64_t r) {
             const Vec d = value(first + r * s.c);
             W::store_row(rows + r * row_words, c, d);
-            if constexpr (W::kDepth > 1) before = store_pair<W>(row_pairs + c, row_words, r, block.rows, before, d);
-          }
+            return d;
+          };
+          if constexpr (W::kDepth == 1)
+            for (int64_t r = begin; r < end; ++r) row(r);
+          else
+            write_pairs<W>(row_pairs + c, row_words, begin, end, block.rows, before, row);
         };
         const int64_t ahead = block.rows * s.c;
         if (!op.scale)
@@ -306,10 +310,8 @@ inline void emit_input_grad(const float* from, int64_t stride, const T* x, const
   const int64_t first = block.begin * s.c + c, ahead = block.rows * s.c;
   Vec before = {};
   const auto each = [&](int64_t begin, int64_t end, const auto& row) {
-    for (int64_t r = begin; r < end; ++r) {
-      const Vec value = row(first + r * s.c, load(from + r * stride));
-      before = store_pair<W>(activated, stride, r, block.rows, before, value);
-    }
+    write_pairs<W>(activated, stride, begin, end, block.rows, before,
+                   [&](int64_t r) { return row(first + r * s.c, load(from + r * stride)); });
   };
   if (!op.scale)
     return each(0, block.rows, [&](int64_t at, Vec grad) {
@@ -334,7 +336,7 @@ inline void emit_input_grad(const float* from, int64_t stride, const T* x, const
       prefetch_to_write(dx + at + ahead);
       prefetch_to_second_level(x + at + ahead);
       store(dx + at, grad, lanes);
-      grad = load(dx + at, lanes);  // as rounded
+      grad = rounded<T>(grad);
       const Vec value = load(x + at, lanes), u = value * scale + shift, hat = (value - mean) * rstd;
       const Vec sig = sigmoid<T>(u), z = u * sig, slope = silu_slope(sig, z), du = grad * slope;
       sum[0] += grad * z;
@@ -348,12 +350,24 @@ inline void emit_input_grad(const float* from, int64_t stride, const T* x, const
   });
 }
 
+// Writes a block's input for the channels from c on as words that pair rows.
+template <class T, class Lanes>
+inline void write_input(const T* x, const Shape& s, const Block& block, int64_t c, Lanes lanes, float* to,
+                        int64_t stride) {
+  Vec before = {};
+  write_pairs<Words<T>>(to, stride, 0, block.rows, block.rows, before, [&](int64_t r) {
+    const T* from = x + (block.begin + r) * s.c + c;
+    prefetch_to_second_level(from + block.rows * s.c);
+    return load(from, lanes);
+  });
+}
+
 std::tuple<Tensor, Tensor, Tensor> backward_pointwise(
     const Tensor& grad, const OptionalTensor& y, const Tensor& x, const Tensor& weight, const OptionalTensor& scale,
     const OptionalTensor& shift, const OptionalTensor& mean, bool silu_, const OptionalTensor& gate,
     const OptionalTensor& a, const OptionalTensor& b, const OptionalTensor& in_scale, const OptionalTensor& in_shift,
     const OptionalTensor& in_mean, const OptionalTensor& in_rstd, const OptionalTensor& in_gate,
-    const OptionalTensor& residual) {
+    const OptionalTensor& residual, bool input_grad) {
   const Shape s = check_nhwc(x, "x"), out = check_nhwc(grad, "grad");
   check_pointwise(weight, s);
   STD_TORCH_CHECK(out.n == s.n && out.c == weight.size(0) && out.h == s.h && out.w == s.w,
@@ -367,12 +381,14 @@ std::tuple<Tensor, Tensor, Tensor> backward_pointwise(
                                    check_floats(in_gate, "in_gate", s.c, s.n)};
   STD_TORCH_CHECK(!activation.scale || (activation.shift && activation.mean && activation.rstd && !residual),
                   "in_scale: needs in_shift, in_mean and in_rstd as well, and no residual");
+  STD_TORCH_CHECK(input_grad || !(activation.scale || residual), "input_grad: must be true with in_scale or residual");
   const FloatWeights w = as_floats(weight);
   const PixelChunks chunks(s);
   // each thread has a weight gradient of its own, summed up in the end
   const int64_t groups = std::clamp<int64_t>(torch::stable::get_num_threads(), 1, std::max<int64_t>(chunks.count, 1));
   const int64_t grad_row = s.vectors() * kLanes;
-  Tensor dx = empty_nhwc(s, x.scalar_type()), dweight = empty_floats({out.c, s.c, 1, 1});
+  Tensor dx = empty_nhwc(input_grad ? s : Shape{0, s.c, s.h, s.w}, x.scalar_type());
+  Tensor dweight = empty_floats({out.c, s.c, 1, 1});
   Tensor partial = empty_floats({groups, out.c, grad_row});
   if (chunks.count == 0) std::memset(floats(partial), 0, partial.numel() * sizeof(float));
   const int64_t channels = activation.scale ? s.c : 0;
@@ -382,7 +398,12 @@ std::tuple<Tensor, Tensor, Tensor> backward_pointwise(
     using T = std::remove_pointer_t<decltype(type)>;
     using W = Words<T>;
     const int64_t words = out.c / W::kDepth, row_words = padded_row(out.c), max_rows = block_rows(out.c);
-    const Tensor panels = pack_panels<W>(w.data, out.c, s.c, s.c, 1);
+    const Tensor panels = pack_panels<W>(w.data, out.c, input_grad ? s.c : 0, s.c, 1);
+    const float* packed = floats(panels);
+    const T *in = (const T*)x.const_data_ptr(), *dy = (const T*)grad.const_data_ptr();
+    const T* source = y ? (const T*)y->const_data_ptr() : nullptr;
+    const T* added = residual ? (const T*)residual->const_data_ptr() : nullptr;
+    T* to = (T*)dx.mutable_data_ptr();
     for_each_task(groups, [&](int64_t group) {
       float* rows = scratch(max_rows * (2 * row_words + 2 * kPanelColumns));
       float* row_pairs = W::kDepth > 1 ? rows + max_rows * row_words : rows;
@@ -392,18 +413,20 @@ std::tuple<Tensor, Tensor, Tensor> backward_pointwise(
       const int64_t first_chunk = chunks.count * group / groups;
       for (int64_t chunk = first_chunk; chunk < chunks.count * (group + 1) / groups; ++chunk)
         chunks.for_each_block(chunk, max_rows, [&](const Block& block) {
-          form_grad_rows((const T*)grad.const_data_ptr(), y ? (const T*)y->const_data_ptr() : nullptr, out, block,
-                         output_grad, rows, row_pairs, row_words);
+          form_grad_rows(dy, source, out, block, output_grad, rows, row_pairs, row_words);
           const int64_t count = (s.vectors() + kPanelVectors - 1) / kPanelVectors;
           for_each_panel(0, count, s.vectors(), [&]<int V>(int64_t panel) {
-            multiply_panel<W, V>(block.rows, words, rows, row_words, 1, floats(panels) + panel * kPanelColumns * words,
-                                 V * kLanes, products, V * kLanes, false);
+            if (input_grad)
+              multiply_panel<W, V>(block.rows, words, rows, row_words, 1, packed + panel * kPanelColumns * words,
+                                   V * kLanes, products, V * kLanes, false);
             for (int v = 0; v < V; ++v)
               with_lanes(panel * kPanelVectors + v, s.c, [&](auto lanes) {
-                emit_input_grad(products + v * kLanes, V * kLanes, (const T*)x.const_data_ptr(),
-                                residual ? (const T*)residual->const_data_ptr() : nullptr, s, chunks, block,
-                                (panel * kPanelVectors + v) * kLanes, lanes, activation, (T*)dx.mutable_data_ptr(),
-                                floats(image_sums), activated + v * kLanes);
+                const int64_t c = (panel * kPanelVectors + v) * kLanes;
+                if (input_grad)
+                  emit_input_grad(products + v * kLanes, V * kLanes, in, added, s, chunks, block, c, lanes, activation,
+                                  to, floats(image_sums), activated + v * kLanes);
+                else
+                  write_input(in, s, block, c, lanes, activated + v * kLanes, V * kLanes);
               });
             multiply_panel<W, V>(out.c, (block.rows + W::kDepth - 1) / W::kDepth, row_pairs, 1, row_words, activated,
                                  V * kLanes, weight_grad + panel * kPanelColumns, grad_row,
@@ -412,14 +435,16 @@ std::tuple<Tensor, Tensor, Tensor> backward_pointwise(
         });
     });
   });
+  const float* parts = floats(partial);
+  float* to_weight = floats(dweight);
   torch::stable::parallel_for(0, out.c, 8, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)
       for (int64_t v = 0; v < s.vectors(); ++v)
         with_lanes(v, s.c, [&](auto lanes) {
           Vec sum = {};
           for (int64_t group = 0; group < groups; ++group)
-            sum += load(floats(partial) + (group * out.c + row) * grad_row + v * kLanes);
-          store(floats(dweight) + row * s.c + v * kLanes, sum, lanes);
+            sum += load(parts + (group * out.c + row) * grad_row + v * kLanes);
+          store(to_weight + row * s.c + v * kLanes, sum, lanes);
         });
   });
   if (chunks.per_image == 1) return {dx, dweight, image_sums};

@@ -53,11 +53,7 @@ inline UInt widen(Half h) {
   return __builtin_convertvector(h, UInt);
 #endif
 }
-inline Vec load(const BFloat16* p) {
-  Half h;
-  std::memcpy(&h, p, sizeof h);
-  return (Vec)(widen(h) << 16);
-}
+inline Vec from_bits(Half h, BFloat16) { return (Vec)(widen(h) << 16); }
 inline Half to_bits(Vec v, BFloat16) {
 #if defined(__AVX512BF16__)
   return (Half)_mm512_cvtneps_pbh((__m512)v);
@@ -70,16 +66,16 @@ inline Half to_bits(Vec v, BFloat16) {
 
 // ---- fp16 ------------------------------------------------------------------------------------------------------
 
-inline Vec load(const Float16* p) {
+inline Vec from_bits(Half bits, Float16) {
 #if defined(__AVX512F__)
-  return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+  return (Vec)_mm512_cvtph_ps((__m256i)bits);
 #elif defined(__F16C__)
-  return (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+  return (Vec)_mm256_cvtph_ps((__m128i)bits);
 #else
   Vec v;
   for (int i = 0; i < kLanes; ++i) {
     _Float16 h;
-    std::memcpy(&h, p + i, sizeof h);
+    std::memcpy(&h, (const char*)&bits + 2 * i, sizeof h);
     v[i] = (float)h;
   }
   return v;
@@ -101,9 +97,24 @@ inline Half to_bits(Vec v, Float16) {
 }
 
 template <class T>
+inline Vec load(const T* p) {
+  Half h;
+  std::memcpy(&h, p, sizeof h);
+  return from_bits(h, T{});
+}
+template <class T>
 inline void store(T* p, Vec v) {
   const Half h = to_bits(v, T{});
   std::memcpy(p, &h, sizeof h);
+}
+
+// v as memory of type T holds it.
+template <class T>
+inline Vec rounded(Vec v) {
+  if constexpr (std::is_same_v<T, float>)
+    return v;
+  else
+    return from_bits(to_bits(v, T{}), T{});
 }
 
 // ---- the last vector of a row: channels are multiples of 8, so a 16-lane vector may be half full -----------------------

@@ -78,6 +78,25 @@ inline void dispatch(const Tensor& t, const char* name, F&& f) {
   }
 }
 
+// Weights of any storage type as floats: the tensor's own, or a copy.
+struct FloatWeights {
+  std::vector<float> copy;
+  const float* data;
+};
+
+inline FloatWeights as_floats(const Tensor& weight) {
+  if (weight.scalar_type() == ScalarType::Float) return {{}, (const float*)weight.const_data_ptr()};
+  std::vector<float> copy(weight.numel());
+  dispatch(weight, "weight", [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const T* from = (const T*)weight.const_data_ptr();
+    for (int64_t v = 0; v * kLanes < weight.numel(); ++v)
+      with_lanes(v, weight.numel(), [&](auto lanes) { store(&copy[v * kLanes], load(from + v * kLanes, lanes), lanes); });
+  });
+  const float* data = copy.data();
+  return {std::move(copy), data};
+}
+
 // Runs f(task) for every task, spread over torch's threads.
 template <class F>
 inline void for_each_task(int64_t tasks, const F& f) {

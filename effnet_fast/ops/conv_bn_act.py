@@ -140,20 +140,27 @@ def _conv_bn_act_backward(
     sums = passes.backward_sums(dout, y, *norm, silu)
     grad = batch_norm_grad(norm, (sums[[1, 3]] if silu else sums).sum(1), values_per_channel(y))
     dx, dmatrix, _ = passes.backward_pointwise(
-        dout, y, source, matrix, *norm[:3], silu, None, grad.a, grad.b, *(None,) * 6
+        dout, y, source, matrix, *norm[:3], silu, None, grad.a, grad.b, *(None,) * 6, input_grad
     )
+    if not input_grad:
+        dx = x.new_empty(0)
+    elif weight.shape[-1] > 1:
+        dx = patches_grad(dx, x, weight.shape[-1], stride, same)
+    return dx, _weight_grad(dmatrix, weight), grad.affine
+
+
+def _weight_grad(dmatrix: Tensor, weight: Tensor) -> Tensor:
+    """The weight's gradient from that of `as_product`'s matrix."""
     out_channels, channels, kernel, _ = weight.shape
-    if kernel == 1:  # an image's gradient costs time, a feature map's is there
-        return dx, dmatrix.to(weight.dtype), grad.affine
+    if kernel == 1:
+        return dmatrix.to(weight.dtype)
     dweight = dmatrix[:, : channels * kernel**2, 0, 0].reshape(out_channels, kernel, kernel, channels)
-    dweight = dweight.permute(0, 3, 1, 2).to(weight.dtype, memory_format=torch.contiguous_format)
-    dx = patches_grad(dx, x, kernel, stride, same) if input_grad else x.new_empty(0)
-    return dx, dweight, grad.affine
+    return dweight.permute(0, 3, 1, 2).to(weight.dtype, memory_format=torch.contiguous_format)
 
 
 @_conv_bn_act_backward.register_fake
 def _(dout, x, y, stats, weight, stride, same, silu, input_grad):
-    dx = torch.empty_like(x) if input_grad or weight.shape[-1] == 1 else x.new_empty(0)
+    dx = torch.empty_like(x) if input_grad else x.new_empty(0)
     return dx, torch.empty_like(weight), torch.empty_like(stats[:2])
 
 

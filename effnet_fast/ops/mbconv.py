@@ -242,7 +242,7 @@ def _mbconv_backward(
     sums = passes.backward_sums(dout, p, *norm3, False)
     dbn3 = batch_norm_grad(norm3, (sums if gate is None else sums * gate).sum(1), values_per_channel(p))
     do, dw_project, sums2 = passes.backward_pointwise(
-        dout, p, y, w_project, *norm3[:3], False, gate, dbn3.a, dbn3.b, *norm2, kept.gate, None
+        dout, p, y, w_project, *norm3[:3], False, gate, dbn3.a, dbn3.b, *norm2, kept.gate, None, True
     )
     se = SqueezeExcite(w_se_reduce, b_se_reduce, w_se_expand, b_se_expand)
     grad = sections.backward(passes, do, sums2, e, kept, w_depthwise, se, stride, same)
@@ -251,7 +251,7 @@ def _mbconv_backward(
         return [grad.g + dout if residual else grad.g, *shared]
     norm1, none = Norm.of(stats1), (None,) * 5
     dx, dw_expand, _ = passes.backward_pointwise(
-        grad.g, e, x, w_expand, *norm1[:3], False, None, grad.bn1.a, grad.bn1.b, *none, dout if residual else None
+        grad.g, e, x, w_expand, *norm1[:3], False, None, grad.bn1.a, grad.bn1.b, *none, dout if residual else None, True
     )
     return [dx, *shared, dw_expand.to(w_expand.dtype), grad.bn1.affine]
 

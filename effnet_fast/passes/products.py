@@ -67,14 +67,17 @@ def backward_pointwise(
     in_rstd: Tensor | None,
     in_gate: Tensor | None,
     residual: Tensor | None,
+    input_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dy = grad if scale is None else passes.backward_apply(grad, y, scale, shift, mean, silu, gate, None, a, b)
     rows, matrix = _pixels(dy), weight.flatten(1).to(dy.dtype)
-    dx = rows @ matrix if residual is None else torch.addmm(_pixels(residual), rows, matrix)
     n, c, h, w = x.shape
-    dx = dx.view(n, h, w, c).permute(0, 3, 1, 2)
     dweight = (rows.T @ _pixels(_activated(passes, x, in_scale, in_shift, in_gate))).view(weight.shape)
     floats = torch.promote_types(x.dtype, torch.float32)
+    if not input_grad:
+        return torch.empty_like(x[:0]), dweight.to(floats), x.new_empty(0, n, 0, dtype=floats)
+    dx = rows @ matrix if residual is None else torch.addmm(_pixels(residual), rows, matrix)
+    dx = dx.view(n, h, w, c).permute(0, 3, 1, 2)
     if in_scale is None:
         return dx, dweight.to(floats), x.new_empty(0, n, 0, dtype=floats)
     return dx, dweight.to(floats), passes.backward_sums(dx, x, in_scale, in_shift, in_mean, in_rstd, True)

@@ -26,7 +26,7 @@ pointwise_affine    inference: SiLU(u) or u of the convolution of x, or of x tim
 backward_pointwise  gradients of the convolution's input (plus residual) and weight, and, where the input is
                     SiLU(x * in_scale + in_shift) (times in_gate), `backward_sums` of that gradient and x, else an empty
                     [0, N, 0]. The gradient of the convolution's output is `backward_apply`, formed on load, or `grad`
-                    itself where scale is None.
+                    itself where scale is None. Without input_grad, the weight's gradient alone: the input's is of no images.
 
 Windows have a stride of 1 or 2 and a square kernel of 3, 5 or 7, padded by k // 2 on every side, or as
 TensorFlow's SAME pads if `same`: ceil(size / stride) outputs, the odd pixel at the end.
@@ -61,7 +61,7 @@ _PRODUCT_SCHEMAS = (
     " -> Tensor",
     "backward_pointwise(Tensor grad, Tensor? y, Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? mean,"
     " bool silu, Tensor? gate, Tensor? a, Tensor? b, Tensor? in_scale, Tensor? in_shift, Tensor? in_mean,"
-    " Tensor? in_rstd, Tensor? in_gate, Tensor? residual) -> (Tensor dx, Tensor dweight, Tensor sums)",
+    " Tensor? in_rstd, Tensor? in_gate, Tensor? residual, bool input_grad) -> (Tensor dx, Tensor dweight, Tensor sums)",
 )
 
 PASSES = tuple(schema.split("(")[0] for schema in _SCHEMAS)
@@ -158,7 +158,8 @@ def _(x, weight, gate, scale, shift, silu, residual):
 
 @torch.library.register_fake("effnet_fast::backward_pointwise", lib=_LIBRARY)
 def _(
-    grad, y, x, weight, scale, shift, mean, silu, gate, a, b, in_scale, in_shift, in_mean, in_rstd, in_gate, residual
-):
+    grad, y, x, weight, scale, shift, mean, silu, gate, a, b, in_scale, in_shift, in_mean, in_rstd, in_gate, residual,
+    input_grad,
+):  # fmt: skip
     sums = _floats(x, 0, x.shape[0], 0) if in_scale is None else _floats(x, 5, *x.shape[:2])
-    return empty_like_nhwc(x), _floats(x, *weight.shape), sums
+    return empty_like_nhwc(x if input_grad else x[:0]), _floats(x, *weight.shape), sums

@@ -121,7 +121,8 @@ def product_calls(shape: tuple[int, int, int, int], dtype: torch.dtype, out_chan
     ):
         source = y if out[0] is not None else None
         for added in (None, residual):
-            yield Call("backward_pointwise", (grad, source, x, weight, *out, *none, added))
+            yield Call("backward_pointwise", (grad, source, x, weight, *out, *none, added, True))
+        yield Call("backward_pointwise", (grad, source, x, weight, *out, *none, None, False))
         for gated in (None, in_gate):
             norm = (in_scale, in_shift, in_mean, in_rstd, gated)
-            yield Call("backward_pointwise", (grad, source, x, weight, *out, *norm, None))
+            yield Call("backward_pointwise", (grad, source, x, weight, *out, *norm, None, True))
