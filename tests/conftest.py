@@ -1,9 +1,14 @@
 """What all tests share."""
 
 import multiprocessing
+import os
 from collections.abc import Iterator
 
 import pytest
+
+# Removed, because pytest-benchmark would take a pytest that a test starts for one of pytest-xdist's workers as well.
+if os.environ.pop("PYTEST_XDIST_WORKER", None):
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # a core for each worker; read when torch is imported
 
 
 @pytest.fixture(autouse=True)
