@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from effnet_fast.data import DataError, Split, TensorSplit, resize_square, source_side
-from effnet_fast.signals import SIGNALS
+from effnet_fast.signals import SIGNALS, obey_parent_only
 
 AUGMENTS = ("reference", "fast")
 AUTOAUGMENTS = tuple(policy.value for policy in v2.AutoAugmentPolicy)
@@ -213,6 +213,7 @@ class Loader:
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=num_workers > 0 and device.type == "cuda",
+            worker_init_fn=_start_worker,
             # Without one of its own a DataLoader draws from the caller's.
             generator=torch.Generator(),
         )
@@ -235,7 +236,7 @@ class Loader:
             raise ValueError(f"start: {start}, must be from 0 to {len(self)}")
         self._schedule.jobs = self._jobs(epoch)[start:]
         # A terminal or a supervisor signals all processes, but the one that trains decides when its workers end: those
-        # that are started here are deaf to it.
+        # that are started here are deaf to it, see `_start_worker`.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             batches = iter(self._batches)
@@ -265,6 +266,10 @@ class Loader:
                     images, labels = self._mix(images, labels)
                 images = images.contiguous(memory_format=torch.channels_last)
             yield images, labels
+
+
+def _start_worker(_: int) -> None:
+    obey_parent_only()
 
 
 def derive_seed(*key: int | str) -> int:

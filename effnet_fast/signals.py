@@ -1,6 +1,8 @@
 """Ending a command by a signal, at a moment of its own choice."""
 
+import os
 import signal
+import threading
 from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import TypeVar
@@ -46,3 +48,17 @@ class StopSignals:
         for item in items:
             self.check()
             yield item
+
+
+def obey_parent_only() -> None:
+    """In a process that was started with `SIGNALS` blocked: a SIGTERM from its parent ends it, others do nothing.
+
+    Python ends the processes of a pool or a loader with SIGTERM when it exits, and waits for them.
+    """
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()

@@ -1,6 +1,7 @@
 """Batches: pixels against Pillow, distributions against torchvision, reproducibility, validation."""
 
 import math
+import multiprocessing
 import random
 from pathlib import Path
 from typing import Any
@@ -365,6 +366,23 @@ def test_workers_change_nothing(tmp_path: Path, workers: int) -> None:
             expected = found
     for one, other in zip(found, expected, strict=True):
         assert_same(one, other)
+
+
+def keep_until_exit(loader: Loader) -> None:
+    global kept
+    kept = loader.epoch(0)
+    next(kept)
+
+
+def test_a_process_ends_with_its_loader_in_use() -> None:
+    """Its workers, which no signal from elsewhere ends, must not keep it."""
+    loader = train(noise_split(40), "reference", num_workers=1)
+    process = multiprocessing.get_context("fork").Process(target=keep_until_exit, args=(loader,))
+    process.start()
+    process.join(60)
+    process.kill()
+    process.join()
+    assert process.exitcode == 0
 
 
 @pytest.mark.parametrize("augment", AUGMENTS)

@@ -1,4 +1,4 @@
-"""The training and evaluation commands as a user runs them: in processes of their own."""
+"""The training and evaluation commands: in processes of their own, some of them started as a user does."""
 
 import json
 import subprocess
@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from effnet_fast import evaluate
+from tests.tiny import assert_same_bits, finish, results, start
 
 SMALL = ["--dataset", "digits", "--resolution", "32", "--augment", "fast", "--batch-size", "16"]
 SMALL += ["--limit-train", "48", "--limit-val", "40"]
@@ -18,10 +21,9 @@ def run(command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def train(output: Path, *arguments: str) -> list[dict[str, float]]:
-    done = run("train", *SMALL, "--output", str(output), *arguments)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+def train(output: Path, *arguments: str) -> None:
+    log = output.with_suffix(".log")
+    assert finish(start(*SMALL, "--output", str(output), *arguments, log=log)) == 0, log.read_text()
 
 
 @pytest.fixture(scope="module")
@@ -61,22 +63,12 @@ def test_the_moving_average_is_updated(two_epochs: Path) -> None:
 def test_same_seed_same_bits(two_epochs: Path, tmp_path: Path) -> None:
     train(tmp_path / "again", "--variant", "baseline", "--epochs", "2")
     train(tmp_path / "other", "--variant", "baseline", "--epochs", "2", "--seed", "1")
-    first, again, other = (
-        torch.load(path / "checkpoint.pt", weights_only=True)
-        for path in (two_epochs, tmp_path / "again", tmp_path / "other")
+    (first, metrics), (again, metrics_again), (other, _) = (
+        results(path) for path in (two_epochs, tmp_path / "again", tmp_path / "other")
     )
-    for key in ("model", "ema"):
-        assert all(torch.equal(first[key][name], again[key][name]) for name in first[key])
+    assert metrics == metrics_again
+    assert_same_bits(first, again)
     assert not torch.equal(first["model"]["head.conv.weight"], other["model"]["head.conv.weight"])
-    timing = ("seconds", "images_per_second", "peak_memory_bytes")
-    rows = [
-        [
-            {key: value for key, value in json.loads(line).items() if key not in timing}
-            for line in (path / "metrics.jsonl").read_text().splitlines()
-        ]
-        for path in (two_epochs, tmp_path / "again")
-    ]
-    assert rows[0] == rows[1]
 
 
 def test_evaluate_repeats_the_metrics_of_the_run(two_epochs: Path) -> None:
@@ -119,26 +111,33 @@ def test_first_line_says_what_is_trained(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_options_get_one_line(arguments: list[str], expected: str, tmp_path: Path) -> None:
-    done = run("train", *arguments, "--output", str(tmp_path / "run"))
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert expected in done.stderr
+    log = tmp_path / "log"
+    assert finish(start(*arguments, "--output", str(tmp_path / "run"), log=log)) == 2
+    assert len(log.read_text().splitlines()) == 1
+    assert expected in log.read_text()
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_is_not_overwritten(two_epochs: Path) -> None:
+def test_a_run_is_not_overwritten(two_epochs: Path, tmp_path: Path) -> None:
     before = (two_epochs / "checkpoint.pt").read_bytes()
-    done = run("train", *SMALL, "--epochs", "1", "--output", str(two_epochs))
-    assert done.returncode == 2
-    assert "already holds a run" in done.stderr
+    log = tmp_path / "log"
+    assert finish(start(*SMALL, "--epochs", "1", "--output", str(two_epochs), log=log)) == 2
+    assert "already holds a run" in log.read_text()
     assert (two_epochs / "checkpoint.pt").read_bytes() == before
 
 
-def test_evaluate_of_something_else_gets_one_line(tmp_path: Path) -> None:
-    done = run("evaluate", str(tmp_path))
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert "config.json" in done.stderr
+def assert_evaluate_refuses(folder: Path, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        evaluate.main([str(folder)])
+    assert ended.value.code == 2
+    output, error = capsys.readouterr()
+    assert output == ""
+    assert len(error.splitlines()) == 1
+    assert expected in error
+
+
+def test_evaluate_of_something_else_gets_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert_evaluate_refuses(tmp_path, "config.json", capsys)
 
 
 @pytest.mark.parametrize(
@@ -146,11 +145,12 @@ def test_evaluate_of_something_else_gets_one_line(tmp_path: Path) -> None:
     [({"variant": "b0"}, "config.json: lacks 'device'"), ({"seed": "0"}, "seed is '0', not a run's configuration")],
 )
 def test_evaluate_of_a_foreign_configuration_gets_one_line(
-    two_epochs: Path, tmp_path: Path, content: dict[str, object], expected: str
+    two_epochs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    content: dict[str, object],
+    expected: str,
 ) -> None:
     (tmp_path / "best.pt").write_bytes((two_epochs / "best.pt").read_bytes())
     (tmp_path / "config.json").write_text(json.dumps(content))
-    done = run("evaluate", str(tmp_path))
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert expected in done.stderr
+    assert_evaluate_refuses(tmp_path, expected, capsys)

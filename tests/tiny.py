@@ -45,7 +45,10 @@ def config_of(**options: Any) -> Config:
 
 
 def main(
-    arguments: list[str], log: Path | None = None, environment: Mapping[str, str] | None = None, prepare: Any = None
+    arguments: list[str],
+    log: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    prepare: Callable[[], None] | None = None,
 ) -> None:
     # The system's default, which a process that was started by the fork server would not have.
     multiprocessing.set_start_method("fork", force=True)
@@ -67,7 +70,7 @@ def start(
     environment: Mapping[str, str] | None = None,
     prepare: Callable[[], None] | None = None,
 ) -> BaseProcess:
-    """Start the command in a process group of its own. prepare: called in its process, a function of a module."""
+    """Start the command, its output in the log. prepare: called in its process first, a function of a module."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.tiny"])
     process = context.Process(target=main, args=(list(arguments), log, environment, prepare))

@@ -54,16 +54,37 @@ def cpu_isa() -> str:
     return _loaded
 
 
+def with_products(passes: Any) -> SimpleNamespace:
+    """A backend's passes, and the products composed of them."""
+    own = {name: getattr(passes, name) for name in schema.PASSES}
+    return SimpleNamespace(**own, **{name: partial(getattr(products, name), passes) for name in schema.PRODUCTS})
+
+
+def _dispatched(names: tuple[str, ...]) -> SimpleNamespace:
+    """Passes in C++, of which the dispatcher takes those for the tensor's device."""
+    return SimpleNamespace(**{name: getattr(torch.ops.effnet_fast, name).default for name in names})
+
+
+# By backend; `why_unavailable` adds Triton's. Not a dict: a compiler takes all of it at once, perhaps before that.
+_PASSES = SimpleNamespace(
+    cpu=_dispatched(schema.PASSES + schema.PRODUCTS),
+    cuda=with_products(_dispatched(schema.PASSES)),
+    reference=with_products(reference),
+)
+
+
 @cache
 def why_unavailable(backend: str) -> str | None:
     """Loads a native backend of the GPU, "cuda" or "triton"; the reason if it isn't there or doesn't load."""
     if backend == "cuda" and find_spec("effnet_fast._cuda") is None:
         return "the CUDA passes were not built"
-    module = {"cuda": "effnet_fast._cuda", "triton": "effnet_fast.passes.triton"}[backend]
+    name = {"cuda": "effnet_fast._cuda", "triton": "effnet_fast.passes.triton"}[backend]
     try:
-        importlib.import_module(module)
+        module = importlib.import_module(name)
     except ImportError as error:
-        return f"{module} does not load: {error}"
+        return f"{name} does not load: {error}"
+    if backend == "triton":
+        _PASSES.triton = with_products(module)
     return None
 
 
@@ -146,31 +167,12 @@ def resolve(x: Tensor, kernel: int = 3, stride: int = 1) -> str:
     raise RuntimeError(f"backend: {name!r} can't run this call: {reasons[0]}")
 
 
-@cache
+_warn_once = cache(_LOG.warning)
+
+
+@torch.compiler.assume_constant_result  # a compiler can't trace it
 def _log_fallback(to: str, reason: str) -> None:
-    _LOG.warning("falling back to %s: %s", to, reason)
-
-
-def with_products(passes: Any) -> SimpleNamespace:
-    """A backend's passes, and the products composed of them."""
-    own = {name: getattr(passes, name) for name in schema.PASSES}
-    return SimpleNamespace(**own, **{name: partial(getattr(products, name), passes) for name in schema.PRODUCTS})
-
-
-def _dispatched(names: tuple[str, ...]) -> SimpleNamespace:
-    """Passes in C++, of which the dispatcher takes those for the tensor's device."""
-    return SimpleNamespace(**{name: getattr(torch.ops.effnet_fast, name).default for name in names})
-
-
-_CPU = _dispatched(schema.PASSES + schema.PRODUCTS)
-
-
-@cache
-def _composed(name: str) -> SimpleNamespace:
-    """The passes of a backend without products of its own, or "reference"."""
-    if name == "cuda":
-        return with_products(_dispatched(schema.PASSES))
-    return with_products(reference if name == "reference" else importlib.import_module("effnet_fast.passes.triton"))
+    _warn_once("falling back to %s: %s", to, reason)
 
 
 def passes_for(x: Tensor, kernel: int = 3, stride: int = 1) -> Any:
@@ -183,5 +185,5 @@ def passes_for(x: Tensor, kernel: int = 3, stride: int = 1) -> Any:
         candidates = ("triton", *candidates)
     for name in candidates:
         if why_not(name, x, kernel, stride) is None:
-            return _CPU if name == "cpu" else _composed(name)
-    return _composed("reference")
+            return getattr(_PASSES, name)
+    return _PASSES.reference

@@ -17,13 +17,29 @@ X = torch.zeros(1, 8, 2, 2)
 
 def test_auto_takes_the_compiled_passes_and_falls_back_with_one_log_line(caplog: pytest.LogCaptureFixture) -> None:
     assert resolve(X) == "cpu"
-    backend._log_fallback.cache_clear()
+    backend._warn_once.cache_clear()
     with caplog.at_level(logging.WARNING, "effnet_fast"):
         for _ in range(3):
             assert resolve(X, kernel=9) == "eager"
     assert [record.getMessage() for record in caplog.records] == [
         "falling back to eager PyTorch: the kernel is 9, must be 3, 5 or 7"
     ]
+
+
+@pytest.mark.parametrize("x", [X, X.double()], ids=["native", "fallback"])
+def test_the_choice_compiles_without_graph_breaks(x: torch.Tensor, caplog: pytest.LogCaptureFixture) -> None:
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        fallback = resolve(x) == "eager"
+        mean, _ = passes_for(x).channel_stats(x)
+        return -mean if fallback else mean
+
+    torch.compiler.reset()
+    backend._warn_once.cache_clear()
+    x = torch.arange(x.numel(), dtype=x.dtype).view(1, 2, 2, 8).permute(0, 3, 1, 2)
+    with caplog.at_level(logging.WARNING, "effnet_fast"):
+        out = torch.compile(forward, fullgraph=True, backend="eager")(x)
+    assert torch.equal(out, forward(x))
+    assert len(caplog.records) == (x.dtype is torch.float64)
 
 
 @pytest.mark.parametrize(
@@ -62,8 +78,8 @@ class OnGpu:
 )
 def test_a_gpu_prefers_cuda_then_triton_then_eager(cuda, triton, expected, monkeypatch, caplog) -> None:
     monkeypatch.setattr(backend, "_unavailable_on", lambda name, index: {"cuda": cuda, "triton": triton}[name])
-    monkeypatch.setattr(backend, "_composed", lambda name: name)
-    backend._log_fallback.cache_clear()
+    monkeypatch.setattr(backend, "_PASSES", SimpleNamespace(cpu="cpu", cuda="cuda", triton="triton", reference="eager"))
+    backend._warn_once.cache_clear()
     with caplog.at_level(logging.WARNING, "effnet_fast"):
         assert resolve(OnGpu()) == expected
     assert [r.getMessage() for r in caplog.records] == {
@@ -71,7 +87,7 @@ def test_a_gpu_prefers_cuda_then_triton_then_eager(cuda, triton, expected, monke
         "triton": ["falling back to triton: the CUDA passes were not built"],
         "eager": ["falling back to eager PyTorch: the CUDA passes were not built; triton does not load"],
     }[expected]
-    assert passes_for(OnGpu()) == {"eager": "reference"}.get(expected, expected)
+    assert passes_for(OnGpu()) == expected
     assert resolve(OnGpu(torch.float64)) == "eager"
     for name, reason in (("cuda", cuda), ("triton", triton)):
         with use_backend(name):
@@ -83,7 +99,7 @@ def test_a_gpu_prefers_cuda_then_triton_then_eager(cuda, triton, expected, monke
                     resolve(OnGpu())
             with pytest.raises(RuntimeError, match=f"backend: '{name}' can't run this call: x is on cpu"):
                 resolve(X)
-            assert passes_for(X) is backend._CPU
+            assert passes_for(X) == "cpu"
 
 
 def test_an_older_gpu_than_the_passes_were_built_for_is_refused(monkeypatch) -> None:
@@ -96,8 +112,9 @@ def test_an_older_gpu_than_the_passes_were_built_for_is_refused(monkeypatch) -> 
 
 
 def test_every_backend_has_all_passes_and_products() -> None:
+    assert backend.why_unavailable("triton") is None
     for name in PASSES + PRODUCTS:
-        assert all(hasattr(passes, name) for passes in (backend._CPU, *map(backend._composed, ("cuda", "reference"))))
+        assert all(hasattr(getattr(backend._PASSES, of), name) for of in ("cpu", "cuda", "triton", "reference"))
 
 
 def test_choice_nests_and_ends_with_its_block() -> None:
