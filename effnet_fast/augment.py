@@ -4,11 +4,14 @@ Every random number derives from (seed, epoch, position), so an epoch repeats bi
 before it and however many workers there are, and the caller's generators are left alone.
 """
 
+import atexit
 import hashlib
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from typing import NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -241,6 +244,7 @@ class Loader:
             batches = iter(self._batches)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        _workers.update(getattr(batches, "_workers", ()))
         return self._iterate(self._schedule.jobs, batches)
 
     def _jobs(self, epoch: int) -> list[_Job]:
@@ -265,6 +269,25 @@ class Loader:
                     images, labels = self._mix(images, labels)
                 images = images.contiguous(memory_format=torch.channels_last)
             yield images, labels
+
+
+# Processes of DataLoaders that are deaf to SIGNALS.
+_workers: "WeakSet[BaseProcess]" = WeakSet()
+
+
+@atexit.register
+def _kill_workers() -> None:
+    """Where a loader is still there at exit. multiprocessing, whose turn is next, would send SIGTERM and wait."""
+    if _workers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would take it for a failure
+    for worker in _workers:
+        worker.kill()
+
+
+def validation_images(images: Iterable[Tensor], size: int) -> Tensor:
+    """Images, each uint8 [3, h, w], resized, cropped to `size` pixels and normalized: float32 [N, 3, size, size]."""
+    cropped = torch.stack([_center(image, size) for image in images])
+    return _normalize(cropped.permute(0, 2, 3, 1))
 
 
 def derive_seed(*key: int | str) -> int:
@@ -350,8 +373,7 @@ class _FileValidation:
 
     def __call__(self, job: _Job) -> Batch:
         images, labels = zip(*(self.split[index] for index in job.indices), strict=True)
-        cropped = torch.stack([_center(image, self.size) for image in images])
-        return _normalize(cropped.permute(0, 2, 3, 1)), torch.tensor(labels)
+        return validation_images(images, self.size), torch.tensor(labels)
 
 
 # fast
