@@ -136,7 +136,7 @@ def _parser() -> ArgumentParser:
         "--names",
         choices=("effnet_fast", *NAMES),
         default="effnet_fast",
-        help="of the weights in safetensors; default: effnet_fast",
+        help="of the weights; default: ours",
     )
     parser.add_argument("--checkpoint", choices=CHECKPOINTS, default="best", help="default: best")
     parser.add_argument("--output", type=Path, help="file to write; default: model.onnx and so on in the run's folder")

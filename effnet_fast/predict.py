@@ -3,19 +3,16 @@
 import json
 import os
 import sys
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from io import TextIOWrapper
 from itertools import islice
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from effnet_fast.cli import ArgumentParser
-from effnet_fast.data import DataError
 from effnet_fast.memory import keep_freed_memory
-from effnet_fast.run_model import RunModel, add_run_arguments, image_files
+from effnet_fast.run_model import Images, RunModel, add_run_arguments
 
 TOP = 5
 BATCH_SIZE = 16
@@ -43,47 +40,27 @@ def main(argv: list[str] | None = None) -> None:
         run = RunModel.load(args.run, args.checkpoint)
     except ValueError as error:
         parser.error(str(error))
-    warnings.filterwarnings("ignore", module="PIL")  # of what is odd about a file that can be read
     run.model.fuse().to(args.device)
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be any bytes
-    failures = 0
-
-    def report(error: DataError) -> None:
-        nonlocal failures
-        failures += 1
-        print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
-
-    images = _images(run, args.images, report)
-    while batch := list(islice(images, BATCH_SIZE)):
+    images = Images(_paths(args.images), parser.prog)
+    prepared = ((file, run.prepare(pixels)) for file, pixels in images)
+    while batch := list(islice(prepared, BATCH_SIZE)):
         files, tensors = zip(*batch, strict=True)
         with torch.inference_mode():
             probabilities = run.model(torch.cat(tensors).to(args.device)).softmax(1)
         values, indices = (t.tolist() for t in probabilities.topk(min(TOP, len(run.classes))))
         for file, *top in zip(files, values, indices, strict=True):
             _show(file, list(zip(*top, strict=True)), run.classes, args.json)
-    sys.exit(1 if failures else 0)
+    sys.exit(1 if images.failed else 0)
 
 
-def _images(
-    run: RunModel, arguments: Iterable[str], report: Callable[[DataError], None]
-) -> Iterator[tuple[Path, Tensor]]:
-    """Every image file that can be read."""
+def _paths(arguments: Iterable[str]) -> Iterator[Path]:
     for argument in arguments:
-        names = (os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer) if argument == "-" else [argument]
-        for name in names:
-            try:
-                files = image_files(Path(name))
-            except DataError as error:
-                report(error)
-                continue
-            for file in files:
-                try:
-                    image = run.read(file)
-                except DataError as error:
-                    report(error)
-                else:
-                    yield file, image
+        if argument == "-":
+            yield from (Path(os.fsdecode(line.rstrip(b"\r\n"))) for line in sys.stdin.buffer)
+        else:
+            yield Path(argument)
 
 
 def _show(file: Path, top: list[tuple[float, int]], classes: tuple[str, ...], as_json: bool) -> None:

@@ -1,5 +1,8 @@
 """A run's model and what it needs to look at images, for the commands that use one."""
 
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,9 +38,9 @@ class RunModel(NamedTuple):
         model.to(memory_format=torch.channels_last)
         return cls(model, tuple(classes), size)
 
-    def read(self, path: Path) -> Tensor:
-        """An image file as the model takes it: [1, 3, size, size], prepared as for validation. Raises DataError."""
-        return validation_images([read_image(path)], self.input_size)
+    def prepare(self, image: Tensor) -> Tensor:
+        """An image, uint8 [3, h, w], as the model takes it: [1, 3, size, size], as in validation."""
+        return validation_images([image], self.input_size)
 
 
 def add_run_arguments(parser: ArgumentParser) -> None:
@@ -47,11 +50,34 @@ def add_run_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--device", choices=devices(), default="cpu", help="default: cpu")
 
 
-def image_files(path: Path) -> list[Path]:
-    """The file itself; of a folder, the images in it and below, sorted. Raises DataError if there are none."""
-    if not path.is_dir():
-        return [path]
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_EXTENSIONS)
-    if not files:
-        raise DataError(f"{path}: no images ({', '.join(sorted(IMAGE_EXTENSIONS))})")
-    return files
+class Images:
+    """The image files among paths and in folders: their names, and their pixels, uint8 [3, h, w].
+
+    What can't be read gets one line on stderr, and `failed` is true from then on.
+    """
+
+    def __init__(self, paths: Iterable[Path], program: str) -> None:
+        self.failed = False
+        self._paths = paths
+        self._program = program
+        # Pillow's, of what is odd about a file that can be read.
+        warnings.filterwarnings("ignore", module="PIL")
+
+    def __iter__(self) -> Iterator[tuple[Path, Tensor]]:
+        for path in self._paths:
+            files = [path]
+            if path.is_dir():
+                files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_EXTENSIONS)
+            if not files:
+                self._report(f"{path}: no images ({', '.join(sorted(IMAGE_EXTENSIONS))})")
+            for file in files:
+                try:
+                    pixels = read_image(file)
+                except DataError as error:
+                    self._report(str(error))
+                else:
+                    yield file, pixels
+
+    def _report(self, message: str) -> None:
+        self.failed = True
+        print(f"{self._program}: {' '.join(message.split())}", file=sys.stderr)

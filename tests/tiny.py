@@ -47,19 +47,21 @@ def config_of(**options: Any) -> Config:
 
 
 @contextlib.contextmanager
-def tiny_run(folder: Path) -> Iterator[Path]:
-    """A run's folder as if the tiny variant had been trained on digits of 32 px, while the variant exists.
+def tiny_run(folder: Path, input_size: int = 32) -> Iterator[Path]:
+    """A run's folder as if the tiny variant had been trained on digits, while the variant exists.
 
     The statistics are those of noise, so that the classes' probabilities differ.
     """
     torch.manual_seed(0)
     with tiny_variant():
         config = asdict(config_of())
-        run = RunFolder.create(folder, config | {"input_size": 32, "classes": [f"digit {i}" for i in range(10)]})
+        run = RunFolder.create(
+            folder, config | {"input_size": input_size, "classes": [f"digit {i}" for i in range(10)]}
+        )
         model = create_model("tiny", 10)
         with torch.no_grad():
             for _ in range(20):
-                model(torch.randn(16, 3, 32, 32))
+                model(torch.randn(16, 3, input_size, input_size))
             model.classifier.weight.mul_(10)
         state = {"model": create_model("tiny", 10).state_dict(), "ema": model.state_dict(), "epoch": 1}
         run.save_checkpoint(state | {"config": config}, best=True)
