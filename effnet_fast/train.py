@@ -104,6 +104,9 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--weights", help="start from the weights in a file: of this package, torchvision or timm; .pt or .safetensors"
     )
+    parser.add_argument(
+        "--sync-bn", action="store_true", help="normalize over the batches of all processes instead of each one's own"
+    )
     parser.add_argument("--compile", action="store_true", help="train through torch.compile")
     parser.add_argument("--profile", action="store_true", help="write trace.json of three steps to the run folder")
     parser.add_argument("--clip-grad", type=at_least(0.0), help="scale gradients down to this norm; default: off")
