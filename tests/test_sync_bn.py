@@ -116,10 +116,10 @@ def test_two_processes_train_as_one(tmp_path: Path, backend: str) -> None:
     apart = train(tmp_path / "apart", 2, "--backend", backend)
 
     def distance(state: Any) -> float:
-        """The largest of any tensor, relative to it; what should be zero (biases before a BatchNorm) is 1e-8."""
+        """The largest of any tensor, relative to it, or to 1e-2: means of what has mean zero are 1e-7, not zero."""
         tensors = {name: tensor.double() for name, tensor in one.items() if tensor.is_floating_point()}
-        return max((state[name] - tensor).norm() / tensor.norm().clamp_min(1e-3) for name, tensor in tensors.items())
+        return max((state[name] - tensor).norm() / tensor.norm().clamp_min(1e-2) for name, tensor in tensors.items())
 
-    # Float32's rounding after four steps (3e-6), and what the statistics of halves make of it.
+    # Float32's rounding after four steps (1e-5), and what the statistics of halves make of it.
     assert distance(two) < 2e-5
-    assert distance(apart) > 1e-1
+    assert distance(apart) > 5e-2
