@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from setuptools import Extension, setup
+from setuptools.command.sdist import sdist
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 # One source, one module per instruction set; the best that the processor runs is loaded at import.
@@ -133,9 +134,19 @@ class BuildPasses(BuildExtension):
             print(f"{extension.name}: left out, it does not build: {error}", file=sys.stderr)
 
 
+class SourceDistribution(sdist):
+    """All sources: the extensions alone would bring only those that can be built here."""
+
+    def make_distribution(self) -> None:
+        for folder in ("csrc", "tests", "benchmarks"):
+            self.filelist.graft(folder)
+        self.filelist.global_exclude("*.py[cod]")
+        super().make_distribution()
+
+
 setup(
     ext_modules=[host, *map(cpu_passes, ISA_FLAGS), *cuda_passes()],
     # Extensions in parallel (one source each) rather than ninja's parallel sources of one extension.
-    cmdclass={"build_ext": BuildPasses.with_options(use_ninja=False)},
+    cmdclass={"build_ext": BuildPasses.with_options(use_ninja=False), "sdist": SourceDistribution},
     options={"build_ext": {"parallel": True}},
 )

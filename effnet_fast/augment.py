@@ -6,7 +6,7 @@ before it and however many workers there are, and the caller's generators are le
 
 import hashlib
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -272,6 +272,12 @@ def _start_worker(_: int) -> None:
     obey_parent_only()
 
 
+def validation_images(images: Iterable[Tensor], size: int) -> Tensor:
+    """Images, each uint8 [3, h, w], resized, cropped to `size` pixels and normalized: float32 [N, 3, size, size]."""
+    cropped = torch.stack([_center(image, size) for image in images])
+    return _normalize(cropped.permute(0, 2, 3, 1))
+
+
 def derive_seed(*key: int | str) -> int:
     """A 63-bit seed that depends on every part of the key."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
@@ -355,8 +361,7 @@ class _FileValidation:
 
     def __call__(self, job: _Job) -> Batch:
         images, labels = zip(*(self.split[index] for index in job.indices), strict=True)
-        cropped = torch.stack([_center(image, self.size) for image in images])
-        return _normalize(cropped.permute(0, 2, 3, 1)), torch.tensor(labels)
+        return validation_images(images, self.size), torch.tensor(labels)
 
 
 # fast

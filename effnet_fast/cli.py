@@ -5,6 +5,8 @@ import math
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
+import torch
+
 from effnet_fast import __version__
 
 Number = TypeVar("Number", int, float)
@@ -36,3 +38,9 @@ def at_least(minimum: Number) -> Callable[[str], Number]:
         return value
 
     return parse
+
+
+def devices() -> list[str]:
+    """The names that --device may have here."""
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    return ["cpu", "cuda", *gpus] if gpus else ["cpu"]

@@ -50,6 +50,7 @@ class Config:
     compile: bool
     profile: bool
     processes: int
+    sync_bn: bool
     clip_grad: float | None
     max_bad_steps: int
     checkpoint_minutes: float

@@ -132,7 +132,7 @@ class FolderSplit:
         Raises:
             DataError: the file is not a readable image or has more than 64 megapixels.
         """
-        return _read_image(self.files[index]), int(self.labels[index])
+        return read_image(self.files[index]), int(self.labels[index])
 
     def first(self, n: int) -> "FolderSplit":
         """The first n examples of a fixed shuffle; all of them if there are fewer."""
@@ -155,7 +155,7 @@ class FolderSplit:
                 "use the reference augmentation, which reads them one by one, or a smaller size"
             ) from None
         with ThreadPoolExecutor() as pool:
-            squares = pool.map(lambda file: resize_square(_read_image(file), side), self.files)
+            squares = pool.map(lambda file: resize_square(read_image(file), side), self.files)
             for image, square in zip(images, squares, strict=True):
                 image.copy_(square)
         return TensorSplit(images, self.labels)
@@ -480,7 +480,12 @@ def _list_images(directory: Path, classes: tuple[str, ...]) -> FolderSplit:
     return FolderSplit(tuple(files), torch.tensor(labels))
 
 
-def _read_image(path: Path) -> Tensor:
+def read_image(path: Path) -> Tensor:
+    """Decode an image file: uint8 [3, h, w], upright and in RGB.
+
+    Raises:
+        DataError: not a file, not a readable image, or one of more than 64 megapixels.
+    """
     # Opening a pipe would wait for someone to write to it.
     if not path.is_file():
         raise DataError(f"{path}: not a file")

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from effnet_fast import distributed
 from effnet_fast.amp import autocast
 from effnet_fast.augment import val_loader
-from effnet_fast.cli import ArgumentParser
+from effnet_fast.cli import ArgumentParser, devices
 from effnet_fast.config import stored_options
 from effnet_fast.data import load_dataset
 from effnet_fast.memory import keep_freed_memory
@@ -71,7 +71,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument("run", type=Path, help="folder that effnet_fast.train wrote")
     parser.add_argument("--checkpoint", choices=CHECKPOINTS, default="best", help="default: best")
     parser.add_argument("--data-dir", help="where the images are now; default: where they were in training")
-    parser.add_argument("--device", help="default: the device of the training run")
+    parser.add_argument("--device", choices=devices(), help="default: the device of the training run")
     return parser
 
 

@@ -1,11 +1,16 @@
 """EfficientNet: a seven-row stage table, scaled."""
 
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from effnet_fast.layers import ConvBN, MBConv, PadType
 from effnet_fast.ops.memory_policy import Memory, check_memory
+from effnet_fast.pretrained import read_pretrained, write_pretrained
+from effnet_fast.run_folder import CHECKPOINTS, RunFolder, read_checkpoint
 from effnet_fast.scaling import Scaling, get_family, get_variant
 
 
@@ -31,6 +36,16 @@ STAGES = (
 )
 
 SE_RATIO = 0.25
+
+# The last stage before each halving of the map, and the last of all.
+PYRAMID = (*(i for i, following in enumerate(STAGES[1:]) if following.stride == 2), len(STAGES) - 1)
+
+
+class FeatureInfo(NamedTuple):
+    """A map of `EfficientNet.feature_maps`: its channels, and the pixels of the image from one of its pixels on."""
+
+    channels: int
+    stride: int
 
 
 class EfficientNet(nn.Module):
@@ -60,6 +75,18 @@ class EfficientNet(nn.Module):
         memory: Memory = "fast",
     ) -> None:
         super().__init__()
+        # What `save_pretrained` writes; memory decides nothing that is seen from outside.
+        self._config: dict[str, Any] = {
+            "scaling": asdict(scaling),
+            "num_classes": num_classes,
+            "se_from": se_from,
+            "in_chans": in_chans,
+            "drop_rate": drop_rate,
+            "drop_path_rate": drop_path_rate,
+            "bn_eps": bn_eps,
+            "bn_momentum": bn_momentum,
+            "pad_type": pad_type,
+        }
         _check(num_classes, in_chans, drop_rate, drop_path_rate, bn_eps, bn_momentum, pad_type, init)
         check_memory(memory)
         channels = scaling.channels(STEM_CHANNELS)
@@ -117,6 +144,69 @@ class EfficientNet(nn.Module):
         if mode and self.stem.bn is None:
             raise RuntimeError("train: the model is fused, its BatchNorms are gone; build it anew to train it")
         return super().train(mode)
+
+    def save_pretrained(self, path: str | Path) -> Path:
+        """Write the model to one safetensors file, replaced atomically: weights, and how it is built in the header.
+
+        path: a file named ``*.safetensors``, or a folder for ``model.safetensors``, which is made if need be.
+        Returns the file's path. Raises RuntimeError if the model is fused, OSError if the file can't be written.
+        """
+        if self.stem.bn is None:
+            raise RuntimeError("save_pretrained: the model is fused, save it before")
+        return write_pretrained(Path(path), self.state_dict(), self._config)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, memory: Memory = "fast") -> "EfficientNet":
+        """The model, in eval mode, that `save_pretrained` wrote, or that a run of `effnet_fast.train` ended with.
+
+        path: a file or folder of `save_pretrained`; or a run's folder (its best checkpoint) or checkpoint, of which the
+        moving average is taken. Nothing in a file is executed.
+        Raises ValueError whose line names the file.
+        """
+        path = Path(path)
+        check_memory(memory)
+        if RunFolder(path).has_run():
+            path /= CHECKPOINTS["best"]
+        if path.suffix == ".pt":
+            checkpoint = read_checkpoint(path)
+            state, config = checkpoint["ema"], checkpoint.get("config")
+        else:
+            state, config = read_pretrained(path)
+        try:
+            # Without memory of its own, so that a foreign configuration can't ask for more than the file holds.
+            with torch.device("meta"):
+                if path.suffix == ".pt":
+                    classes = len(state["classifier.bias"])
+                    model = create_model(config["variant"], classes, family=config["family"], memory=memory)
+                else:
+                    scaling = Scaling(**config["scaling"])
+                    if scaling.depth > len(state):  # blocks cost time nevertheless
+                        raise ValueError("fewer tensors than blocks")
+                    model = cls(**config | {"scaling": scaling, "memory": memory})
+            model.load_state_dict(state, assign=True)
+        # Foreign configurations raise whatever the model's parts make of their values.
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+            raise ValueError(f"{path}: its weights do not fit its configuration") from None
+        return model.eval()
+
+    @property
+    def feature_info(self) -> list[FeatureInfo]:
+        """Of the maps that `feature_maps` returns, in its order."""
+        scaling = Scaling(**self._config["scaling"])
+        return [FeatureInfo(scaling.channels(STAGES[stage].channels), 2**i) for i, stage in enumerate(PYRAMID, 1)]
+
+    def feature_maps(self, x: Tensor) -> list[Tensor]:
+        """The last map of each size, for a network that takes this one as its backbone: as timm's features_only.
+
+        Five maps [N, channels, ~H / stride, ~W / stride] of `feature_info`, strides 2 to 32. The head takes no part.
+        """
+        maps = []
+        x = self.stem(x)
+        for i, stage in enumerate(self.stages):
+            x = stage(x)
+            if i in PYRAMID:
+                maps.append(x)
+        return maps
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The head's feature map before pooling: [N, num_features, ~H / 32, ~W / 32]."""

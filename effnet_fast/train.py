@@ -23,7 +23,7 @@ from tqdm import tqdm
 from effnet_fast import distributed
 from effnet_fast.amp import AMP_DTYPES
 from effnet_fast.augment import AUGMENTS, AUTOAUGMENTS, Batch, Loader, train_loader, val_loader
-from effnet_fast.cli import ArgumentParser, at_least
+from effnet_fast.cli import ArgumentParser, at_least, devices
 from effnet_fast.config import Config, fixed_difference, stored_options
 from effnet_fast.data import DATASETS, load_dataset
 from effnet_fast.evaluate import evaluate
@@ -103,6 +103,9 @@ def _parser() -> ArgumentParser:
     )
     parser.add_argument(
         "--weights", help="start from the weights in a file: of this package, torchvision or timm; .pt or .safetensors"
+    )
+    parser.add_argument(
+        "--sync-bn", action="store_true", help="normalize over the batches of all processes instead of each one's own"
     )
     parser.add_argument("--compile", action="store_true", help="train through torch.compile")
     parser.add_argument("--profile", action="store_true", help="write trace.json of three steps to the run folder")
@@ -228,9 +231,8 @@ def _device(name: str | None) -> torch.device:
         return torch.device("cuda", distributed.local_rank())
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    usable = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    if name not in usable and not (name == "cuda" and len(usable) > 1):
-        raise ValueError(f"--device: got {name!r}, choose from {', '.join(usable)}")
+    if name not in devices():
+        raise ValueError(f"--device: got {name!r}, choose from {', '.join(devices())}")
     return torch.device(name)
 
 

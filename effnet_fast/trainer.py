@@ -45,6 +45,9 @@ class Trainer:
             # All processes have the same weights now; from here on each draws its own random numbers.
             if distributed.rank() > 0:
                 torch.manual_seed(derive_seed(config.seed, "process", distributed.rank()))
+        if config.sync_bn:
+            # In place, and after DistributedDataParallel, which takes it for a thing of GPUs; ours runs anywhere.
+            nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self._forward = torch.compile(self._replica) if config.compile else self._replica
         self.ema = make_ema(self.model, config.ema_decay, config.ema_warmup)
         self._parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]

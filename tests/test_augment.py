@@ -3,6 +3,8 @@
 import math
 import multiprocessing
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -578,6 +580,22 @@ def test_a_broken_image_is_one_line(tmp_path: Path, make: str, workers: int) -> 
         with pytest.raises(DataError, match=r"2\.png: not a readable image") as caught:
             batches(loader)
         assert "\n" not in str(caught.value)
+
+
+LEFT_OVER = """
+import torch
+from effnet_fast.augment import train_loader
+from effnet_fast.data import TensorSplit
+split = TensorSplit(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64))
+loader = train_loader(split, augment="reference", size=8, batch_size=2, seed=0, num_workers=1)
+cycle = [loader, next(loader.epoch(0))]
+cycle.append(cycle)
+"""
+
+
+def test_workers_end_with_a_process_that_still_holds_their_loader() -> None:
+    done = subprocess.run([sys.executable, "-c", LEFT_OVER], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ def test_the_package_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> N
     main([])
     lines = capsys.readouterr().out.splitlines()[1:]
     listed = {line.split()[2].removeprefix("effnet_fast."): line.split(maxsplit=3)[3] for line in lines}
-    assert {"train", "evaluate", "summary", "doctor"} <= listed.keys()
+    assert {"train", "evaluate", "predict", "cam", "export", "summary", "doctor"} <= listed.keys()
     assert listed["train"] == "Train a variant"
     assert listed["evaluate"] == "Re-evaluate a run's checkpoint"
 

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -18,7 +19,14 @@ from tests.test_resume import kill_at_write, wait_for
 from tests.tiny import SMALL, assert_same_bits, finish, results, start, tiny_variant
 
 
-def start_group(count: int, log: Path, *arguments: str, dying: int | None = None, at: int = 0) -> list[BaseProcess]:
+def start_group(
+    count: int,
+    log: Path,
+    *arguments: str,
+    dying: int | None = None,
+    at: int = 0,
+    prepare: Callable[[], None] | None = None,
+) -> list[BaseProcess]:
     """One process for each rank, with the variables that torchrun sets. dying: the rank that is killed at a write."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -29,7 +37,7 @@ def start_group(count: int, log: Path, *arguments: str, dying: int | None = None
             *arguments,
             log=Path(f"{log}.{rank}"),
             environment=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            prepare=partial(kill_at_write, at) if rank == dying else None,
+            prepare=partial(kill_at_write, at) if rank == dying else prepare,
         )
         for rank in range(count)
     ]

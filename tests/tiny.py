@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ import sklearn.datasets
 import sklearn.model_selection  # noqa: F401  here so that forked processes need not import them
 import torch
 
-from effnet_fast import scaling, train
+from effnet_fast import create_model, scaling, train
 from effnet_fast.config import Config
+from effnet_fast.run_folder import RunFolder
 
 SMALL = ["--variant", "tiny", "--dataset", "digits", "--resolution", "32", "--augment", "fast", "--batch-size", "8"]
 SMALL += ["--limit-train", "64", "--limit-val", "40", "--epochs", "2"]
@@ -42,6 +44,28 @@ def config_of(**options: Any) -> Config:
     defaults = vars(train._parser().parse_args(SMALL))
     del defaults["output"], defaults["resume"]
     return train._config(defaults | {"device": "cpu"} | options)
+
+
+@contextlib.contextmanager
+def tiny_run(folder: Path, input_size: int = 32) -> Iterator[Path]:
+    """A run's folder as if the tiny variant had been trained on digits, while the variant exists.
+
+    The statistics are those of noise, so that the classes' probabilities differ.
+    """
+    torch.manual_seed(0)
+    with tiny_variant():
+        config = asdict(config_of())
+        run = RunFolder.create(
+            folder, config | {"input_size": input_size, "classes": [f"digit {i}" for i in range(10)]}
+        )
+        model = create_model("tiny", 10)
+        with torch.no_grad():
+            for _ in range(20):
+                model(torch.randn(16, 3, input_size, input_size))
+            model.classifier.weight.mul_(10)
+        state = {"model": create_model("tiny", 10).state_dict(), "ema": model.state_dict(), "epoch": 1}
+        run.save_checkpoint(state | {"config": config}, best=True)
+        yield folder
 
 
 def main(

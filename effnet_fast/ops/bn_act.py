@@ -38,8 +38,8 @@ def bn_act(
     if not bn.training:
         scale, shift, _, _ = bn.running()
         return passes_for(y).apply(y, scale, shift, silu, branch_gate(branch_scale, y), residual)
-    out, stats = _bn_act(y, bn.weight, bn.bias, bn.eps, silu, residual, branch_scale)
-    bn.update(stats, values_per_channel(y))
+    out, stats = _bn_act(y, bn.weight, bn.bias, bn.eps, silu, residual, branch_scale, bn.group)
+    bn.update(stats)
     return out
 
 
@@ -74,21 +74,22 @@ def _bn_act(
     silu: bool,
     residual: Tensor | None,
     branch_scale: Tensor | None,
+    group: str,
 ) -> tuple[Tensor, Tensor]:
     passes = passes_for(y)
-    stats = batch_stats(passes.channel_stats(y), weight, bias, eps, values_per_channel(y))
+    stats = batch_stats(passes.channel_stats(y), weight, bias, eps, values_per_channel(y), group)
     return passes.apply(y, stats[0], stats[1], silu, branch_gate(branch_scale, y), residual), stats
 
 
 @_bn_act.register_fake
-def _(y, weight, bias, eps, silu, residual, branch_scale):
+def _(y, weight, bias, eps, silu, residual, branch_scale, group):
     floats = torch.float64 if y.dtype == torch.float64 else torch.float32
     return torch.empty_like(y), y.new_empty(5, y.shape[1], dtype=floats)
 
 
 @torch.library.custom_op("effnet_fast::bn_act_backward", mutates_args=())
 def _bn_act_backward(
-    dout: Tensor, y: Tensor, stats: Tensor, silu: bool, branch_scale: Tensor | None
+    dout: Tensor, y: Tensor, stats: Tensor, silu: bool, branch_scale: Tensor | None, group: str
 ) -> tuple[Tensor, Tensor]:
     """Gradients of y, and of weight and bias [2, C]."""
     passes = passes_for(y)
@@ -96,18 +97,18 @@ def _bn_act_backward(
     norm, gate = Norm.of(stats), branch_gate(branch_scale, y)
     sums = passes.backward_sums(dout, y, *norm, silu)
     sums = sums[[1, 3]] if silu else sums
-    grad = batch_norm_grad(norm, (sums if gate is None else sums * gate).sum(1), values_per_channel(y))
+    grad = batch_norm_grad(norm, (sums if gate is None else sums * gate).sum(1), values_per_channel(y), group)
     dy = passes.backward_apply(dout, y, *norm[:3], silu, gate, None, grad.a, grad.b)
     return dy, grad.affine
 
 
 @_bn_act_backward.register_fake
-def _(dout, y, stats, silu, branch_scale):
+def _(dout, y, stats, silu, branch_scale, group):
     return torch.empty_like(y), torch.empty_like(stats[:2])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    y, _, _, _, silu, residual, branch_scale = inputs
+    y, _, _, _, silu, residual, branch_scale, ctx.group = inputs
     ctx.save_for_backward(y, output[1], branch_scale)
     ctx.silu, ctx.has_residual = silu, residual is not None
     ctx.mark_non_differentiable(output[1])
@@ -116,10 +117,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, dout: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if dout is None:
-        return (None,) * 7
+        return (None,) * 8
     y, stats, branch_scale = ctx.saved_tensors
-    dy, affine = _bn_act_backward(dout, y, stats, ctx.silu, branch_scale)
-    return dy, *affine, None, None, dout if ctx.has_residual else None, None
+    dy, affine = _bn_act_backward(dout, y, stats, ctx.silu, branch_scale, ctx.group)
+    return dy, *affine, None, None, dout if ctx.has_residual else None, None, None
 
 
 _bn_act.register_autograd(_backward, setup_context=_setup_context)

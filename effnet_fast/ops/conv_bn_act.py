@@ -48,8 +48,8 @@ def conv_bn_act(
         passes = passes_for(x.new_empty(0, weight.shape[0], 1, 1))
         source, matrix = as_product(passes, x, weight, stride, same)
         return passes.pointwise_affine(source, matrix, None, *bn.running()[:2], silu, None)
-    out, _, stats = _conv_bn_act(x, weight, bn.weight, bn.bias, bn.eps, stride, same, silu, memory)
-    bn.update(stats, values_per_channel(out))
+    out, _, stats = _conv_bn_act(x, weight, bn.weight, bn.bias, bn.eps, stride, same, silu, bn.group, memory)
+    bn.update(stats)
     return out
 
 
@@ -98,18 +98,19 @@ def _conv_bn_act(
     stride: int,
     same: bool,
     silu: bool,
+    group: str,
     memory: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out, y (empty if not kept), stats."""
     passes = passes_for(x.new_empty(0, weight.shape[0], 1, 1))
     y, *moments = passes.pointwise_stats(*as_product(passes, x, weight, stride, same), None, None, None)
-    stats = batch_stats(moments, bn_weight, bn_bias, eps, values_per_channel(y))
+    stats = batch_stats(moments, bn_weight, bn_bias, eps, values_per_channel(y), group)
     out = passes.apply(y, stats[0], stats[1], silu, None, None)
     return out, x.new_empty(0) if memory == "min" else y, stats
 
 
 @_conv_bn_act.register_fake
-def _(x, weight, bn_weight, bn_bias, eps, stride, same, silu, memory):
+def _(x, weight, bn_weight, bn_bias, eps, stride, same, silu, group, memory):
     n, _, h, w = x.shape
     out_channels, _, kernel, _ = weight.shape
     h, w = (output_size(size, kernel, stride, same) for size in (h, w))
@@ -129,6 +130,7 @@ def _conv_bn_act_backward(
     stride: int,
     same: bool,
     silu: bool,
+    group: str,
     input_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x (empty unless asked for), weight, and of bn's weight and bias [2, C]."""
@@ -138,7 +140,7 @@ def _conv_bn_act_backward(
     if not y.numel():
         y, _, _ = passes.pointwise_stats(source, matrix, None, None, None)
     sums = passes.backward_sums(dout, y, *norm, silu)
-    grad = batch_norm_grad(norm, (sums[[1, 3]] if silu else sums).sum(1), values_per_channel(y))
+    grad = batch_norm_grad(norm, (sums[[1, 3]] if silu else sums).sum(1), values_per_channel(y), group)
     dx, dmatrix, _ = passes.backward_pointwise(
         dout, y, source, matrix, *norm[:3], silu, None, grad.a, grad.b, *(None,) * 6, input_grad
     )
@@ -159,7 +161,7 @@ def _weight_grad(dmatrix: Tensor, weight: Tensor) -> Tensor:
 
 
 @_conv_bn_act_backward.register_fake
-def _(dout, x, y, stats, weight, stride, same, silu, input_grad):
+def _(dout, x, y, stats, weight, stride, same, silu, group, input_grad):
     dx = torch.empty_like(x) if input_grad else x.new_empty(0)
     return dx, torch.empty_like(weight), torch.empty_like(stats[:2])
 
@@ -174,10 +176,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, dout: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if dout is None:
-        return (None,) * 9
+        return (None,) * 10
     input_grad = ctx.needs_input_grad[0]
     dx, dweight, affine = _conv_bn_act_backward(dout, *ctx.saved_tensors, *ctx.options, input_grad)
-    return dx if input_grad else None, dweight, *affine, *(None,) * 5
+    return dx if input_grad else None, dweight, *affine, *(None,) * 6
 
 
 _conv_bn_act.register_autograd(_backward, setup_context=_setup_context)

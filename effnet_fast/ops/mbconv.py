@@ -64,7 +64,8 @@ def mbconv(
     _check(x, w_expand, bn1, w_depthwise, bn2, se, w_project, bn3, residual, stride)
     norms = [bn2, bn3] if bn1 is None else [bn1, bn2, bn3]
     training = bn2.training
-    plain = resolve(x, w_depthwise.shape[-1], stride) == "eager" or any(bn.training != training for bn in norms)
+    alike = all((bn.training, bn.group) == (training, bn2.group) for bn in norms)
+    plain = not alike or resolve(x, w_depthwise.shape[-1], stride) == "eager"
     operands = (x, w_expand, bn1, w_depthwise, bn2, se, w_project, bn3)
     needs_grad = torch.is_grad_enabled() and any(
         t.requires_grad for t in (x, w_depthwise, w_project, *se, *(p for bn in norms for p in (bn.weight, bn.bias)))
@@ -93,11 +94,12 @@ def mbconv(
         same,
         residual,
         memory,
+        bn2.group,
     )
     if bn1:
-        bn1.update(stats1, values_per_channel(x))
-    bn2.update(stats2, values_per_channel(out))
-    bn3.update(stats3, values_per_channel(out))
+        bn1.update(stats1)
+    bn2.update(stats2)
+    bn3.update(stats3)
     return out
 
 
@@ -176,17 +178,18 @@ def _mbconv(
     same: bool,
     residual: bool,
     memory: str,
+    group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """out, e, y, p (empty if not kept), stats1, stats2, stats3, squeeze: see `section.Kept`."""
     passes = passes_for(x, w_depthwise.shape[-1], stride)
     e, stats1 = x, None
     if w_expand is not None and bn1_weight is not None and bn1_bias is not None:
         e, *moments = passes.pointwise_stats(x, w_expand, None, None, None)
-        stats1 = batch_stats(moments, bn1_weight, bn1_bias, bn1_eps, values_per_channel(e))
+        stats1 = batch_stats(moments, bn1_weight, bn1_bias, bn1_eps, values_per_channel(e), group)
     se = SqueezeExcite(w_se_reduce, b_se_reduce, w_se_expand, b_se_expand)
-    kept = sections.forward(passes, e, stats1, w_depthwise, (bn2_weight, bn2_bias, bn2_eps), se, stride, same)
+    kept = sections.forward(passes, e, stats1, w_depthwise, (bn2_weight, bn2_bias, bn2_eps), se, stride, same, group)
     p, *moments = passes.pointwise_stats(kept.y, w_project, kept.stats2[0], kept.stats2[1], kept.gate)
-    stats3 = batch_stats(moments, bn3_weight, bn3_bias, bn3_eps, values_per_channel(p))
+    stats3 = batch_stats(moments, bn3_weight, bn3_bias, bn3_eps, values_per_channel(p), group)
     gate = branch_gate(branch_scale, p)
     out = passes.apply(p, stats3[0], stats3[1], False, gate, x if residual else None)
     e = x.new_empty(0) if w_expand is None else e
@@ -198,6 +201,7 @@ def _mbconv(
 def _(
     x, w_expand, bn1_weight, bn1_bias, bn1_eps, w_depthwise, bn2_weight, bn2_bias, bn2_eps, w_se_reduce, b_se_reduce,
     w_se_expand, b_se_expand, w_project, bn3_weight, bn3_bias, bn3_eps, branch_scale, stride, same, residual, memory,
+    group,
 ):  # fmt: skip
     e = x if w_expand is None else pointwise_output(x, w_expand)
     y = dwconv_output(e, w_depthwise, stride, same)
@@ -231,6 +235,7 @@ def _mbconv_backward(
     stride: int,
     same: bool,
     residual: bool,
+    group: str,
 ) -> list[Tensor]:
     """Gradients of x, bn3 [2, C] (weight, bias), bn2, w_project, w_depthwise, se, and with expansion w_expand, bn1."""
     passes = passes_for(x, w_depthwise.shape[-1], stride)
@@ -240,12 +245,12 @@ def _mbconv_backward(
     kept = sections.Kept(y, stats1, stats2, squeeze)
     gate = branch_gate(branch_scale, p)
     sums = passes.backward_sums(dout, p, *norm3, False)
-    dbn3 = batch_norm_grad(norm3, (sums if gate is None else sums * gate).sum(1), values_per_channel(p))
+    dbn3 = batch_norm_grad(norm3, (sums if gate is None else sums * gate).sum(1), values_per_channel(p), group)
     do, dw_project, sums2 = passes.backward_pointwise(
         dout, p, y, w_project, *norm3[:3], False, gate, dbn3.a, dbn3.b, *norm2, kept.gate, None, True
     )
     se = SqueezeExcite(w_se_reduce, b_se_reduce, w_se_expand, b_se_expand)
-    grad = sections.backward(passes, do, sums2, e, kept, w_depthwise, se, stride, same)
+    grad = sections.backward(passes, do, sums2, e, kept, w_depthwise, se, stride, same, group)
     shared = [dbn3.affine, grad.bn2.affine, dw_project.to(w_project.dtype), grad.weight, *grad.se]
     if w_expand is None:
         return [grad.g + dout if residual else grad.g, *shared]
@@ -287,7 +292,7 @@ def _recompute(
 @_mbconv_backward.register_fake
 def _(
     dout, x, e, y, p, stats1, stats2, stats3, squeeze, w_expand, w_depthwise, w_se_reduce, b_se_reduce, w_se_expand,
-    b_se_expand, w_project, branch_scale, stride, same, residual,
+    b_se_expand, w_project, branch_scale, stride, same, residual, group,
 ):  # fmt: skip
     weights = [w_project, w_depthwise, w_se_reduce, b_se_reduce, w_se_expand, b_se_expand]
     like = [x, stats3[:2], stats2[:2], *weights]
@@ -298,22 +303,23 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     (
         x, w_expand, _, _, _, w_depthwise, _, _, _, *se, w_project, _, _, _, branch_scale, stride, same, residual, _,
+        group,
     ) = inputs  # fmt: skip
     ctx.save_for_backward(x, *output[1:], w_expand, w_depthwise, *se, w_project, branch_scale)
-    ctx.options = stride, same, residual
+    ctx.options = stride, same, residual, group
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dout: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if dout is None:
-        return (None,) * 22
+        return (None,) * 23
     grads = _mbconv_backward(dout, *ctx.saved_tensors, *ctx.options)
     dx, dbn3, dbn2, dw_project, dw_depthwise, *dse = grads[:9]
     dw_expand, dbn1 = grads[9:] or (None, (None, None))
     return (
         dx, dw_expand, *dbn1, None, dw_depthwise, *dbn2, None, *dse, dw_project, *dbn3,
-        *(None,) * 6,
+        *(None,) * 7,
     )  # fmt: skip
 
 

@@ -30,8 +30,8 @@ def mbconv_section(
     o = z * gate(mean(z)), z = SiLU(bn2(dwconv(SiLU(bn1(e))))); weight [C, 1, k, k]; channels_last, float32, bfloat16
     or float16. same: TensorFlow's SAME padding, else k // 2 on every side.
     In training, e and the depthwise convolution's output are kept for backward, and running statistics are updated.
-    Not twice differentiable. Gradients in eval mode, and calls that no native backend can run, take
-    `mbconv_section_eager`.
+    Not twice differentiable. Gradients in eval mode, BatchNorms over a process group, and calls that no native backend
+    can run, take `mbconv_section_eager`.
     Raises ValueError that names the argument, or RuntimeError if a backend was insisted on and can't run the call.
     """
     e = as_activation(e, "e", bn1=bn1.weight, weight=weight, bn2=bn2.weight, se=se.w_reduce)
@@ -84,6 +84,8 @@ def _runs_eagerly(
 ) -> bool:
     if resolve(x, weight.shape[-1], stride) == "eager" or len({bn.training for bn in norms}) > 1:
         return True
+    if norms[0].training and any(bn.group for bn in norms):
+        return True
     leaves = (x, weight, *others, *(p for bn in norms for p in (bn.weight, bn.bias)))
     return not norms[0].training and torch.is_grad_enabled() and any(t.requires_grad for t in leaves)
 
@@ -109,12 +111,12 @@ def _training(
     same: bool,
 ) -> Tensor:
     affine1 = (None, None, 0.0) if bn1 is None else (bn1.weight, bn1.bias, bn1.eps)
-    o, y, stats1, stats2, _ = _section(
+    o, _, stats1, stats2, _ = _section(
         e, *affine1, weight, bn2.weight, bn2.bias, bn2.eps, *(se or (None,) * 4), stride, same
     )
     if bn1 is not None:
-        bn1.update(stats1, values_per_channel(e))
-    bn2.update(stats2, values_per_channel(y))
+        bn1.update(stats1)
+    bn2.update(stats2)
     return o
 
 

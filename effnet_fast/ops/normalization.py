@@ -4,11 +4,17 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.distributed_c10d import GroupName, ProcessGroup, _resolve_process_group
+from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional as F
 
 
 class BatchNorm(NamedTuple):
-    """What a BatchNorm2d holds, as the ops take it. training: batch statistics, and running ones updated."""
+    """What a BatchNorm2d holds, as the ops take it. training: batch statistics, and running ones updated.
+
+    group: name of the process group over whose batches together the statistics are; "" for the own batch's.
+    """
 
     weight: Tensor
     bias: Tensor
@@ -17,11 +23,13 @@ class BatchNorm(NamedTuple):
     eps: float
     momentum: float
     training: bool
+    group: str = ""
 
     @classmethod
-    def of(cls, module: nn.BatchNorm2d) -> "BatchNorm":
+    def of(cls, module: nn.BatchNorm2d | nn.SyncBatchNorm) -> "BatchNorm":
         """The module's parameters and buffers; counts a batch if it is training, as its own forward would.
 
+        A SyncBatchNorm's statistics are over its process group, on any device.
         Raises ValueError for a module without affine parameters or running statistics, or with momentum None.
         """
         if not (module.affine and module.track_running_stats and module.momentum is not None):
@@ -36,6 +44,7 @@ class BatchNorm(NamedTuple):
             module.eps,
             module.momentum,
             module.training,
+            _group_name(module),
         )
 
     def check(self, channels: int, name: str) -> None:
@@ -46,20 +55,35 @@ class BatchNorm(NamedTuple):
             raise ValueError(f"{name}.eps: got {self.eps}, must be positive")
 
     def eager(self, y: Tensor) -> Tensor:
-        """PyTorch's own batch norm of y."""
+        """PyTorch's own batch norm of y; over a group, what its batches together have."""
+        if self.group and self.training:
+            return self._eager_over_group(y)
         return F.batch_norm(
             y, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
         )
 
-    def update(self, stats: Tensor, count: int) -> None:
-        """Move the running statistics as torch does: towards the mean and the unbiased variance of `count` values.
+    def _eager_over_group(self, y: Tensor) -> Tensor:
+        group = _processes(self.group)
+        wide = y.to(torch.promote_types(y.dtype, torch.float32))
+        count = all_reduce(wide.new_tensor(values_per_channel(y)), group=group)
+        mean = all_reduce(wide.sum((0, 2, 3)), group=group) / count
+        centered = wide - mean[:, None, None]
+        m2 = all_reduce(centered.square().sum((0, 2, 3)), group=group)
+        self._update(mean.detach(), m2.detach() / (count - 1).clamp(min=1))
+        scale = self.weight * (m2 / count + self.eps).rsqrt()
+        return (centered * scale[:, None, None] + self.bias[:, None, None]).to(y.dtype)
+
+    def update(self, stats: Tensor) -> None:
+        """Move the running statistics as torch does: towards the mean and the unbiased variance.
 
         stats: [5, C] from `batch_stats`.
         """
+        self._update(stats[2], stats[4])
+
+    def _update(self, mean: Tensor, unbiased_var: Tensor) -> None:
         with torch.no_grad():
-            self.running_mean.lerp_(stats[2].to(self.running_mean.dtype), self.momentum)
-            unbiased = stats[4] * (count / max(count - 1, 1))
-            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_(unbiased_var.to(self.running_var.dtype), self.momentum)
 
     def running(self) -> "Norm":
         """The norm that the running statistics make, in float32 at least."""
@@ -88,14 +112,32 @@ class Norm(NamedTuple):
         return cls(*stats[:4].unbind())
 
 
-def batch_stats(moments: tuple[Tensor, Tensor], weight: Tensor, bias: Tensor, eps: float, count: int) -> Tensor:
-    """A training BatchNorm over `count` values a channel, from a pass's mean and m2.
+def batch_stats(
+    moments: tuple[Tensor, Tensor], weight: Tensor, bias: Tensor, eps: float, count: int, group: str = ""
+) -> Tensor:
+    """A training BatchNorm over `count` values a channel, from a pass's mean and m2; over all of a group's.
 
-    Returns [5, C]: scale, shift, mean, rstd (the fields of `Norm`), and the biased variance.
+    Returns [5, C]: scale, shift, mean, rstd (the fields of `Norm`), and the unbiased variance.
     """
     mean, m2 = moments
-    var = m2 / max(count, 1)
-    return torch.stack([*Norm.make(mean, var, weight, bias, eps), var])
+    if group:
+        mean, var, unbiased = _over_group(mean, m2, count, group)
+    else:
+        var, unbiased = m2 / max(count, 1), m2 / max(count - 1, 1)
+    return torch.stack([*Norm.make(mean, var, weight, bias, eps), unbiased])
+
+
+def _over_group(mean: Tensor, m2: Tensor, count: int, group: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, biased and unbiased variance of all processes' values together (Chan et al. 1979)."""
+    own = torch.stack([mean, m2, torch.full_like(mean, count)])
+    processes = _processes(group)
+    parts = own.new_empty(processes.size() * len(own), own.shape[1])
+    dist.all_gather_into_tensor(parts, own, group=processes)
+    means, m2s, counts = parts.view(-1, *own.shape).unbind(1)
+    total = counts.sum(0)
+    mean = (means * (counts / total)).sum(0)
+    m2 = (m2s + counts * (means - mean).square()).sum(0)
+    return mean, m2 / total, m2 / (total - 1).clamp(min=1)
 
 
 class NormGrad(NamedTuple):
@@ -106,10 +148,32 @@ class NormGrad(NamedTuple):
     b: Tensor
 
 
-def batch_norm_grad(norm: Norm, sums: Tensor, count: int) -> NormGrad:
-    """Backward of a training BatchNorm over `count` values a channel, from sums [2, C] of du and du * hat."""
-    mean_du, mean_du_hat = sums / count
+def batch_norm_grad(norm: Norm, sums: Tensor, count: int, group: str = "") -> NormGrad:
+    """Backward of a training BatchNorm over `count` values a channel, from sums [2, C] of du and du * hat.
+
+    Over a group, a and b are of all processes' sums; the gradients of weight and bias are the own ones, as of any
+    parameter.
+    """
+    if group:
+        totals = torch.cat([sums.flatten(), sums.new_tensor([count])])
+        dist.all_reduce(totals, group=_processes(group))
+        mean_du, mean_du_hat = totals[:-1].view_as(sums) / totals[-1]
+    else:
+        mean_du, mean_du_hat = sums / count
     return NormGrad(sums.flip(0), -norm.scale * mean_du, -norm.scale * norm.rstd * mean_du_hat)
+
+
+def _group_name(module: nn.Module) -> str:
+    """Of the processes that a SyncBatchNorm is over; "" if there is but one, or for any other module."""
+    if not isinstance(module, nn.SyncBatchNorm) or not (dist.is_available() and dist.is_initialized()):
+        return ""
+    group = module.process_group or dist.group.WORLD
+    return group.group_name if group.size() > 1 else ""
+
+
+def _processes(group: str) -> ProcessGroup:
+    """By name: an op takes no other argument that says so."""
+    return _resolve_process_group(GroupName(group))
 
 
 def values_per_channel(x: Tensor) -> int:

@@ -53,8 +53,12 @@ def forward(
     se: SqueezeExcite | None,
     stride: int,
     same: bool,
+    group: str = "",
 ) -> Kept:
-    """All of the section but its last pass. stats1: e's, [5, C] from `batch_stats`; bn2: weight, bias, eps."""
+    """All of the section but its last pass. stats1: e's, [5, C] from `batch_stats`; bn2: weight, bias, eps.
+
+    group: the BatchNorms', see `BatchNorm`.
+    """
     scale = shift = None
     squeeze = e.new_empty(0, dtype=torch.float32)
     if stats1 is None:
@@ -62,7 +66,7 @@ def forward(
     else:
         scale, shift = stats1[:2].unbind()
     y, mean, m2 = passes.dwconv_stats(e, weight, scale, shift, stride, same)
-    stats2 = batch_stats((mean, m2), *bn2, values_per_channel(y))
+    stats2 = batch_stats((mean, m2), *bn2, values_per_channel(y), group)
     if se is not None:
         pooled = passes.pool(y, stats2[0], stats2[1], True) / (y.shape[2] * y.shape[3])
         squeeze = torch.stack([pooled, se.gate(pooled)])
@@ -79,6 +83,7 @@ def backward(
     se: SqueezeExcite | None,
     stride: int,
     same: bool,
+    group: str = "",
 ) -> SectionGrad:
     """Gradients of everything, from the five sums over (do, y) and one sweep over (do, y, e)."""
     y, norm1, norm2, gate = kept.y, kept.norm1, Norm.of(kept.stats2), kept.gate
@@ -90,7 +95,7 @@ def backward(
         dpooled, dse = se.gate_grad(kept.squeeze[0], sums[0])
         pooled_grad = dpooled / (y.shape[2] * y.shape[3])
         sums2 = (gate * do_d + pooled_grad * d).sum(1)
-    dbn2 = batch_norm_grad(norm2, sums2, values_per_channel(y))
+    dbn2 = batch_norm_grad(norm2, sums2, values_per_channel(y), group)
     g, dweight, sums1 = passes.backward_dwconv(
         do,
         y,
@@ -107,7 +112,7 @@ def backward(
         stride,
         same,
     )
-    dbn1 = None if norm1 is None else batch_norm_grad(norm1, sums1, values_per_channel(e))
+    dbn1 = None if norm1 is None else batch_norm_grad(norm1, sums1, values_per_channel(e), group)
     return SectionGrad(g, dbn1, dweight.to(weight.dtype), dbn2, dse)
 
 

@@ -350,11 +350,12 @@ def test_gradcheck_of_the_algebra_in_float64(name: str) -> None:
             False,
             True,
             "fast",
+            "",
         ),
         "mbconv_section": (*norms[0], w["depthwise"], *norms[1], *se, 1, False),
         "dwconv_bn_silu": (None, None, 0.0, w["depthwise"], *norms[1], None, None, None, None, 1, False),
-        "conv_bn_act": (w["dense"], *norms[2], 2, False, True, "min"),
-        "bn_act": (*norms[0], True, torch.randn(x.shape, dtype=torch.float64), scale),
+        "conv_bn_act": (w["dense"], *norms[2], 2, False, True, "", "min"),
+        "bn_act": (*norms[0], True, torch.randn(x.shape, dtype=torch.float64), scale, ""),
         "squeeze_excite": se,
     }[name]
     leaves = [x.double().requires_grad_()]
