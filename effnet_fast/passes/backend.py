@@ -151,10 +151,14 @@ def _log_fallback(to: str, reason: str) -> None:
     _LOG.warning("falling back to %s: %s", to, reason)
 
 
-def with_products(passes: Any) -> SimpleNamespace:
+class WithProducts:
     """A backend's passes, and the products composed of them."""
-    own = {name: getattr(passes, name) for name in schema.PASSES}
-    return SimpleNamespace(**own, **{name: partial(getattr(products, name), passes) for name in schema.PRODUCTS})
+
+    def __init__(self, passes: Any) -> None:
+        for name in schema.PASSES:
+            setattr(self, name, getattr(passes, name))
+        for name in schema.PRODUCTS:
+            setattr(self, name, partial(getattr(products, name), passes))
 
 
 def _dispatched(names: tuple[str, ...]) -> SimpleNamespace:
@@ -163,14 +167,19 @@ def _dispatched(names: tuple[str, ...]) -> SimpleNamespace:
 
 
 _CPU = _dispatched(schema.PASSES + schema.PRODUCTS)
+_DISPATCHED = _dispatched(schema.PASSES)
 
 
 @cache
-def _composed(name: str) -> SimpleNamespace:
-    """The passes of a backend without products of its own, or "reference"."""
+def _composed(name: str) -> WithProducts:
+    """The passes of a backend without products of its own, or "reference". torch.compile traces this."""
     if name == "cuda":
-        return with_products(_dispatched(schema.PASSES))
-    return with_products(reference if name == "reference" else importlib.import_module("effnet_fast.passes.triton"))
+        return WithProducts(_DISPATCHED)
+    if name == "triton":
+        from effnet_fast.passes import triton
+
+        return WithProducts(triton)
+    return WithProducts(reference)
 
 
 def passes_for(x: Tensor, kernel: int = 3, stride: int = 1) -> Any:
