@@ -26,7 +26,10 @@ def check(kernel: Kernel) -> None:
     assert kernel.occupancy >= 0.125, kernel
 
 
-@pytest.mark.parametrize(("architecture", "dtype", "case"), COMPILED)
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "case"),
+    [pytest.param(*c, marks=[pytest.mark.slow] if c[2].startswith("5x5") else []) for c in COMPILED],
+)
 def test_nothing_spills_and_loads_are_wide(architecture: int, dtype: str, case: str) -> None:
     seen = 0
     for name, call in cases(DTYPES[dtype]):
