@@ -5,8 +5,9 @@
 
 using namespace effnet_fast;
 
-extern "C" int pixel_chunks(int64_t n, int c, int h, int w, int vector, int multiprocessors) {
-  return PixelPlan({n, c, h, w}, vector, multiprocessors).chunks;
+extern "C" int pixel_chunks(bool over_all_images, int64_t n, int c, int h, int w, int vector, int multiprocessors) {
+  const Shape s{n, c, h, w};
+  return PixelPlan(over_all_images ? s.as_one_image() : s, vector, multiprocessors).chunks;
 }
 
 // plan: channels, groups, columns, strips, rows, segments, threads, parts

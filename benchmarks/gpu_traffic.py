@@ -1,4 +1,4 @@
-"""A model of a training step's bytes and FLOPs: the CUDA passes, from their own plans, against eager PyTorch's ops.
+"""A model of a training step's bytes and FLOPs: the GPU passes, from their own plans, against eager PyTorch's ops.
 
 A model, not a measurement: every byte counts as device memory traffic, once for each time that a kernel asks for it
 (halos and partial results included), except where the same block asks again within a few rows.
@@ -9,8 +9,14 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from effnet_fast import create_model
 from effnet_fast.model import EfficientNet
@@ -58,6 +64,10 @@ class Section:
     def y(self) -> int:
         return self.n * self.c * -(-self.h // self.stride) * -(-self.w // self.stride)
 
+    @property
+    def residual(self) -> bool:
+        return self.stride == 1 and self.inputs == self.outputs
+
 
 @dataclass(frozen=True)
 class Work:
@@ -77,6 +87,24 @@ class Work:
         )
 
 
+class Kernels(Protocol):
+    """A backend's kernels at work on sections of one dtype."""
+
+    size: int  # bytes of a stored value
+
+    def depthwise(self, s: Section, backward: bool) -> tuple[float, float]:
+        """(values of the convolved operand read, halos included; bytes of partial results written and read)."""
+        ...
+
+    def sums(self, name: str, n: int, c: int, h: int, w: int) -> float:
+        """Bytes of the sums of a pass over [n, c, h, w], partial ones included, written and read."""
+        ...
+
+
+def _overlap(begin: int, end: int, size: int) -> int:
+    return max(0, min(end, size) - max(begin, 0))
+
+
 @cache
 def _plans() -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
@@ -86,88 +114,206 @@ def _plans() -> ctypes.CDLL:
         return ctypes.CDLL(str(library))
 
 
-def _overlap(begin: int, end: int, size: int) -> int:
-    return max(0, min(end, size) - max(begin, 0))
+@dataclass(frozen=True)
+class CudaKernels:
+    """csrc/cuda, whose plans follow from the number of multiprocessors."""
+
+    size: int
+    multiprocessors: int
+
+    def depthwise(self, s: Section, backward: bool) -> tuple[float, float]:
+        fields = (ctypes.c_int * 8)()
+        pad = s.kernel // 2
+        _plans().depthwise_plan(
+            backward, ctypes.c_int64(s.n), s.c, s.h, s.w, s.kernel, s.stride, pad, self._vector(s.c),
+            self.multiprocessors, fields,
+        )  # fmt: skip
+        _, _, columns, strips, rows, segments, _, parts = fields
+        out_h, out_w = -(-s.h // s.stride), -(-s.w // s.stride)
+        halo = (s.kernel + s.stride - 1) // s.stride - 1
+        if backward:
+            # positions pad // stride + [0, ...) read the output's rows and columns from `halo` before to their own
+            first = pad // s.stride
+            widths = (_overlap(first + i * columns - halo, first + (i + 1) * columns, out_w) for i in range(strips))
+            heights = (_overlap(first + i * rows - halo, first + (i + 1) * rows, out_h) for i in range(segments))
+        else:
+            reach = s.kernel - s.stride
+            widths = (
+                _overlap(i * columns * s.stride - pad, (i + 1) * columns * s.stride - pad + reach, s.w)
+                for i in range(strips)
+            )
+            # whole steps of `stride` rows
+            heights = (
+                _overlap(i * rows * s.stride - pad, (min((i + 1) * rows, out_h) + halo) * s.stride - pad, s.h)
+                for i in range(segments)
+            )
+        partials = 2 * 4 * parts * s.c * (s.kernel**2 + 2 if backward else 4)
+        return s.n * s.c * sum(widths) * sum(heights), partials
+
+    def sums(self, name: str, n: int, c: int, h: int, w: int) -> float:
+        over_all = name == "channel_stats"
+        chunks = _plans().pixel_chunks(over_all, ctypes.c_int64(n), c, h, w, self._vector(c), self.multiprocessors)
+        if over_all:
+            return 4 * c * (2 * 4 * chunks + 2)
+        result = 4 * n * c * {"pool": 1, "backward_sums": 5}[name]
+        return result if chunks == 1 else (2 * chunks + 1) * result
+
+    def _vector(self, channels: int) -> int:
+        return 16 // self.size if channels % 8 == 0 else 1
 
 
-def depthwise_bytes(s: Section, backward: bool, size: int, device: Device) -> tuple[float, float]:
-    """(bytes of the convolved operand read, halos included; bytes of partial results written and read)."""
-    vector = 16 // size if s.c % 8 == 0 else 1
-    fields = (ctypes.c_int * 8)()
-    pad = s.kernel // 2
-    _plans().depthwise_plan(
-        backward, ctypes.c_int64(s.n), s.c, s.h, s.w, s.kernel, s.stride, pad, vector, device.multiprocessors, fields
-    )
-    _, _, columns, strips, rows, segments, _, parts = fields
-    out_h, out_w = -(-s.h // s.stride), -(-s.w // s.stride)
-    halo = (s.kernel + s.stride - 1) // s.stride - 1
-    if backward:
-        # positions pad // stride + [0, ...) read the output's rows and columns from `halo` before to their own
-        first = pad // s.stride
-        widths = (_overlap(first + i * columns - halo, first + (i + 1) * columns, out_w) for i in range(strips))
-        heights = (_overlap(first + i * rows - halo, first + (i + 1) * rows, out_h) for i in range(segments))
-    else:
-        reach = s.kernel - s.stride
-        widths = (
-            _overlap(i * columns * s.stride - pad, (i + 1) * columns * s.stride - pad + reach, s.w)
-            for i in range(strips)
-        )
-        # whole steps of `stride` rows
-        heights = (
-            _overlap(i * rows * s.stride - pad, (min((i + 1) * rows, out_h) + halo) * s.stride - pad, s.h)
-            for i in range(segments)
-        )
-    partial = 2 * 4 * parts * s.c * (s.kernel**2 + 2 if backward else 4)
-    return s.n * s.c * sum(widths) * sum(heights) * size, partial
+@dataclass(frozen=True)
+class TritonKernels:
+    """passes/triton: what its launchers would launch, on tensors without memory."""
+
+    size: int
+
+    def depthwise(self, s: Section, backward: bool) -> tuple[float, float]:
+        from benchmarks.gpu_triton import launches  # needs triton
+        from effnet_fast.passes.triton import depthwise, depthwise_backward
+
+        x, v, gate = self._activation(s.n, s.c, s.h, s.w), self._floats(s.c), self._floats(s.n, s.c)
+        weight = self._floats(s.c, 1, s.kernel, s.kernel)
+        if backward:
+            y = self._activation(s.n, s.c, -(-s.h // s.stride), -(-s.w // s.stride))
+            operands = (v, v, v, gate, gate, v, v, v, v, v, v)
+            call = partial(depthwise_backward.backward_dwconv, y, y, x, weight, *operands, s.stride, False)
+        else:
+            call = partial(depthwise.dwconv_stats, x, weight, v, v, s.stride, False)
+        launch = launches(call)[0].arguments()
+        reach = -(-s.kernel // s.stride)
+        rows, pad_h, pad_w = launch["rows"], launch["pad_h"], launch["pad_w"]
+        if backward:
+            strips, read, columns, step = launch["cells"], launch["outputs"], 1, 1
+            before, after = reach - 1 - pad_w // s.stride, pad_w // s.stride
+            above, below = reach - 1 - pad_h // s.stride, pad_h // s.stride
+        else:
+            strips, read, columns, step = launch["images"], launch["inputs"], launch["COLUMNS"], s.stride
+            before, after = pad_w, s.kernel - s.stride - pad_w
+            above, below = pad_h, (reach - 1) * s.stride - pad_h
+        across, down = -(-strips.width // columns), -(-strips.height // rows)
+        total = strips.count * across * down
+        # A program takes BLOCK_P strips one after another: runs of neighbours read the columns between them once.
+        edges = torch.cat([torch.arange(0, total, launch["BLOCK_P"]), torch.arange(0, total + 1, across)]).unique()
+        first, last = edges[:-1], edges[1:] - 1
+        left, right = first % across * columns * step, (last % across + 1) * columns * step
+        top = first // across % down * rows * step
+        widths = (right + after).clamp(max=read.width) - (left - before).clamp(min=0)
+        heights = (top + rows * step + below).clamp(max=read.height) - (top - above).clamp(min=0)
+        return s.c * int((widths * heights).sum()), 2 * 4 * launch["partials"].numel()
+
+    def sums(self, name: str, n: int, c: int, h: int, w: int) -> float:
+        from benchmarks.gpu_triton import launches
+        from effnet_fast.passes.triton import pointwise
+
+        x, v = self._activation(n, c, h, w), self._floats(c)
+        calls = {
+            "channel_stats": partial(pointwise.channel_stats, x),
+            "pool": partial(pointwise.pool, x, v, v, True),
+            "backward_sums": partial(pointwise.backward_sums, x, x, v, v, v, v, True),
+        }
+        first, *rest = [launch.arguments() for launch in launches(calls[name])]
+        partials = 4 * first["partials"].numel()
+        if name == "channel_stats":
+            return 2 * partials + 4 * 2 * c
+        return 2 * partials + 4 * rest[0]["result"].numel() if rest else partials
+
+    def _activation(self, *shape: int) -> Tensor:
+        dtype = {2: torch.bfloat16, 4: torch.float32}[self.size]
+        return torch.empty(shape, dtype=dtype, device="meta", memory_format=torch.channels_last)
+
+    def _floats(self, *shape: int) -> Tensor:
+        return torch.empty(shape, device="meta")
 
 
-def pixel_partials(s: Section, pixels_from: str, sums: int, size: int, device: Device) -> float:
-    """Bytes of the partial sums of a pass over e ("x") or y, written and read."""
-    h, w = (s.h, s.w) if pixels_from == "x" else (-(-s.h // s.stride), -(-s.w // s.stride))
-    vector = 16 // size if s.c % 8 == 0 else 1
-    chunks = _plans().pixel_chunks(ctypes.c_int64(s.n), s.c, h, w, vector, device.multiprocessors)
-    return 2 * 4 * sums * s.n * s.c * chunks
+def fused_section(s: Section, kernels: Kernels) -> Iterator[Work]:
+    """The passes from the expand convolution's output to the gated output, forward and backward.
 
-
-def fused_section(s: Section, size: int, device: Device) -> Iterator[Work]:
-    """The passes from the expand convolution's output to the gated output, forward and backward."""
-    x, y = s.x * size, s.y * size
+    With those that the products around them are composed of: `passes/products.py`.
+    """
+    x, y = s.x * kernels.size, s.y * kernels.size
+    on_x, on_y = (s.n, s.c, s.h, s.w), (s.n, s.c, -(-s.h // s.stride), -(-s.w // s.stride))
     taps = s.kernel**2
-    read, partial = depthwise_bytes(s, False, size, device)
+    read, partials = kernels.depthwise(s, False)
     if s.expanded:
-        yield Work("channel_stats", x + pixel_partials(s, "x", 4, size, device), 3 * s.x)
-    yield Work("dwconv_stats", read + y + partial, 2 * taps * s.y + 8 * s.x)
-    yield Work("pool", y + pixel_partials(s, "y", 1, size, device), 8 * s.y)
+        yield Work("channel_stats", x + kernels.sums("channel_stats", *on_x), 3 * s.x)
+    yield Work("dwconv_stats", read * kernels.size + y + partials, 2 * taps * s.y + 8 * s.x)
+    yield Work("pool", y + kernels.sums("pool", *on_y), 8 * s.y)
     yield Work("apply", 2 * y, 9 * s.y)
-    yield Work("backward_sums", 2 * y + pixel_partials(s, "y", 5, size, device), 20 * s.y)
-    read, partial = depthwise_bytes(s, True, size, device)
-    yield Work("backward_dwconv", 2 * read + 2 * x + partial, 4 * taps * s.y + 18 * s.y + 20 * s.x)
+    yield Work("apply, for the projection's weight gradient", 2 * y, 9 * s.y)
+    yield Work("backward_sums", 2 * y + kernels.sums("backward_sums", *on_y), 20 * s.y)
+    read, partials = kernels.depthwise(s, True)
+    flops = 4 * taps * s.y + 18 * s.y + 20 * s.x
+    yield Work("backward_dwconv", 2 * read * kernels.size + 2 * x + partials, flops)
     if s.expanded:
-        yield Work("backward_apply", 3 * x, 5 * s.x)
+        # BatchNorm's backward by products of the block's input, which `matrix_products` does not have
+        pixels = s.x // s.c
+        block_input = pixels * s.inputs * kernels.size
+        yield Work("channel_stats, of the input", block_input + kernels.sums("channel_stats", s.n, s.inputs, s.h, s.w))
+        yield Work("input' input", block_input, 0, 2 * pixels * s.inputs**2)
+        # reads the input, and the gradient around the block and a constant added first; writes what is added to
+        added = 3 * block_input if s.residual else 0
+        yield Work("input W' b W, added", 3 * block_input + added, 0, 2 * pixels * s.inputs**2)
 
 
-def eager_section(s: Section, size: int, clones: bool) -> Iterator[Work]:
-    """The same in eager PyTorch, op by op; clones: of the input of an in-place SiLU, which autograd keeps."""
-    x, y = s.x * size, s.y * size
-    taps = s.kernel**2
-    if s.expanded:
-        yield Work("batch_norm", 3 * x)
-        yield Work("silu", (4 if clones else 2) * x)
-    yield Work("depthwise convolution", x + y, 2 * taps * s.y)
-    yield Work("batch_norm", 3 * y)
-    yield Work("silu", (4 if clones else 2) * y)
-    yield Work("mean", y)
-    yield Work("multiply by the gate", 2 * y)
-    yield Work("multiply backward: input", 2 * y)
-    yield Work("multiply backward: gate", 4 * y)  # the product is stored, then summed
-    yield Work("mean backward, added", 3 * y)  # two gradients meet
-    yield Work("silu backward", 3 * y)
-    yield Work("batch_norm backward", 5 * y)
-    yield Work("depthwise backward: input", x + y, 2 * taps * s.y)
-    yield Work("depthwise backward: weight", x + y, 2 * taps * s.y)
-    if s.expanded:
-        yield Work("silu backward", 3 * x)
-        yield Work("batch_norm backward", 5 * x)
+class OpTraffic(TorchDispatchMode):
+    """Every op that PyTorch runs: its operands and results move once, those that two of its kernels read twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.works: list[Work] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if func.is_view or name == "ones_like":  # ones_like: the gradient that the backward pass begins with
+            return out
+        results = [t for t in (out if isinstance(out, tuple | list) else [out]) if isinstance(t, Tensor)]
+        moved = [t for t in (*args, *results) if isinstance(t, Tensor)]
+        if name == "native_batch_norm":  # statistics, then values
+            moved.append(args[0])
+        elif name == "native_batch_norm_backward":  # sums, then values
+            moved += args[:2]
+        elif name == "convolution_backward":  # of the input, then of the weight
+            moved.append(args[0])
+        flops = 0
+        if name.startswith("convolution"):
+            outputs, weight, products = (args[0], args[2], 2) if "backward" in name else (out, args[1], 1)
+            flops = 2 * products * outputs.numel() * weight[0].numel()
+        self.works.append(Work(name, sum(map(_bytes, moved)), flops))
+        return out
+
+
+def _bytes(t: Tensor) -> int:
+    """Of the memory behind a tensor, expanded dimensions counted once."""
+    values = 1
+    for size, stride in zip(t.shape, t.stride(), strict=True):
+        values *= size if stride else min(size, 1)
+    return values * t.element_size()
+
+
+@cache
+def eager_section(s: Section, dtype: torch.dtype, inplace: bool) -> tuple[Work, ...]:
+    """The same in plain PyTorch, as it runs op by op. inplace: SiLU, as in torchvision's model."""
+
+    def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
+
+    def norm_silu(x: Tensor) -> Tensor:
+        return F.silu(F.batch_norm(x, None, None, leaf(s.c), leaf(s.c), training=True), inplace)
+
+    squeezed = max(1, s.inputs // 4)
+    x, weight = leaf(s.n, s.c, s.h, s.w, dtype=dtype), leaf(s.c, 1, s.kernel, s.kernel, dtype=dtype)
+    reduce, expand = leaf(squeezed, s.c, 1, 1, dtype=dtype), leaf(s.c, squeezed, 1, 1, dtype=dtype)
+    with OpTraffic() as traffic:
+        z = norm_silu(x) if s.expanded else x
+        z = norm_silu(F.conv2d(z, weight, stride=s.stride, padding=s.kernel // 2, groups=s.c))
+        gate = F.conv2d(F.silu(F.conv2d(z.mean((2, 3), keepdim=True), reduce), inplace), expand).sigmoid()
+        out = gate * z
+    grad = torch.empty_like(out)
+    with traffic:
+        out.backward(grad)
+    return tuple(traffic.works)
 
 
 def matrix_products(s: Section, size: int) -> Iterator[Work]:
@@ -186,7 +332,7 @@ def matrix_products(s: Section, size: int) -> Iterator[Work]:
 def project_norm(s: Section, size: int, fused: bool) -> Iterator[Work]:
     """BatchNorm after the projection, and the residual addition."""
     p = s.y // s.c * s.outputs * size
-    residual = p if s.stride == 1 and s.inputs == s.outputs else 0
+    residual = p if s.residual else 0
     if fused:
         yield Work("channel_stats", p)
         yield Work("apply", 2 * p + residual)
@@ -217,23 +363,29 @@ def sections(variant: str, batch: int) -> list[Section]:
     return found
 
 
-def step_model(variant: str, batch: int, size: int, device: Device) -> dict[str, float | str]:
+def step_model(variant: str, batch: int, kernels: Kernels, device: Device) -> dict[str, float | str]:
     """The MBConv blocks of one training step: gigabytes and roofline milliseconds, fused and eager."""
+    dtype = {2: torch.bfloat16, 4: torch.float32}[kernels.size]
     result: dict[str, float | str] = {"variant": variant, "batch": batch, "device": device.name}
     blocks = sections(variant, batch)
-    section_bytes = {}
-    for kind in ("fused", "eager", "eager, in-place SiLU"):
-        of_sections = [
+    of_sections = {
+        "fused": [work for s in blocks for work in fused_section(s, kernels)],
+        "eager": [work for s in blocks for work in eager_section(s, dtype, False)],
+        "eager, in-place SiLU": [work for s in blocks for work in eager_section(s, dtype, True)],
+    }
+    section_bytes, milliseconds = {}, {}
+    for kind, works in of_sections.items():
+        around = [
             work
             for s in blocks
-            for work in (fused_section(s, size, device) if kind == "fused" else eager_section(s, size, kind != "eager"))
+            for work in (*matrix_products(s, kernels.size), *project_norm(s, kernels.size, kind == "fused"))
         ]
-        around = [work for s in blocks for work in (*matrix_products(s, size), *project_norm(s, size, kind == "fused"))]
-        section_bytes[kind] = sum(work.bytes for work in of_sections)
+        section_bytes[kind] = sum(work.bytes for work in works)
+        milliseconds[kind] = 1e3 * sum(work.seconds(device) for work in works + around)
         result[f"{kind}: section GB"] = section_bytes[kind] / 1e9
-        result[f"{kind}: blocks GB"] = sum(work.bytes for work in of_sections + around) / 1e9
-        result[f"{kind}: blocks ms"] = 1e3 * sum(work.seconds(device) for work in of_sections + around)
+        result[f"{kind}: blocks GB"] = sum(work.bytes for work in works + around) / 1e9
+        result[f"{kind}: blocks ms"] = milliseconds[kind]
     for kind in ("eager", "eager, in-place SiLU"):
         result[f"section traffic, {kind} / fused"] = section_bytes[kind] / section_bytes["fused"]
-        result[f"roofline, {kind} / fused"] = result[f"{kind}: blocks ms"] / result["fused: blocks ms"]  # type: ignore[operator]
+        result[f"roofline, {kind} / fused"] = milliseconds[kind] / milliseconds["fused"]
     return result

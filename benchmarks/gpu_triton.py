@@ -1,17 +1,14 @@
-"""What the compilers make of the Triton kernels, without a GPU: ``python -m benchmarks.gpu_triton``.
+"""What the compilers make of the Triton kernels, without a GPU.
 
 The launchers run on tensors without memory; what they would launch is compiled ahead of time instead, with the
 arguments that they would pass, and the machine code is read. Nothing here shows speed, or behaviour on silicon.
 """
 
-import argparse
-import json
 import os
-import re
-import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,51 +19,13 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction, MockTensor
 
+from benchmarks.machine_code import INSTRUCTION, Kernel, count, occupancy, resources, run_tool, widths
 from effnet_fast.passes import schema  # noqa: F401 defines the ops that the passes belong to
 from effnet_fast.passes.triton import depthwise, depthwise_backward, pointwise
 
 ARCHITECTURES = (80, 90, 100)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WINDOWS = tuple((kernel, stride) for kernel in (3, 5, 7) for stride in (1, 2))
-
-# Per multiprocessor: threads, blocks, KiB of shared memory (CUDA C++ Programming Guide, compute capabilities).
-LIMITS = {80: (2048, 32, 164), 90: (2048, 32, 228), 100: (2048, 32, 228)}
-
-
-@dataclass(frozen=True)
-class Facts:
-    """A compiled kernel. Bytes of stack a thread and of shared memory a block; loads and stores by width in bytes.
-
-    spills: instructions that read or write the stack. seconds: of processor time, to compile it.
-    """
-
-    kernel: str
-    case: str
-    dtype: str
-    architecture: int
-    registers: int
-    stack: int
-    spills: int
-    shared: int
-    warps: int
-    occupancy: float
-    loads: dict[int, int]
-    stores: dict[int, int]
-    instructions: int
-    seconds: float
-
-    def line(self) -> str:
-        widths = " ".join(f"{count}x{width}" for width, count in sorted(self.loads.items(), reverse=True))
-        return (
-            f"| {self.kernel} | {self.case} | {self.dtype} | sm_{self.architecture} | {self.registers} | {self.spills} "
-            f"| {self.shared} | {self.occupancy:.0%} | {widths} | {self.instructions} | {self.seconds:.1f} |"
-        )
-
-
-HEADER = (
-    "| kernel | case | dtype | GPU | registers | spills | shared | occupancy | loads (bytes) | instructions | "
-    "compiled in, s |\n" + "|---" * 11 + "|"
-)
 
 
 @dataclass(frozen=True)
@@ -77,15 +36,9 @@ class Launch:
     args: tuple[Any, ...]
     options: dict[str, Any]
 
-
-def occupancy(architecture: int, registers: int, shared: int, warps: int) -> float:
-    """Resident warps over the most that a multiprocessor holds (as NVIDIA's occupancy calculator counts)."""
-    threads, blocks, kib = LIMITS[architecture]
-    registers_per_warp = -(-registers * 32 // 256) * 256
-    by_registers = 65536 // 4 // registers_per_warp * 4 // warps
-    by_shared = kib * 1024 // (-(-(shared + 1024) // 128) * 128)
-    resident = min(by_registers, by_shared, threads // 32 // warps, blocks)
-    return resident * warps * 32 / threads
+    def arguments(self) -> dict[str, Any]:
+        """All of them by name."""
+        return {**dict(zip(self.kernel.arg_names, self.args, strict=False)), **self.options}
 
 
 def launches(call: Callable[[], object]) -> list[Launch]:
@@ -173,7 +126,7 @@ def _without_memory(value: Any) -> Any:
     return value
 
 
-def compile_launch(launch: Launch, case: str, dtype: str, architecture: int) -> Facts:
+def compile_launch(launch: Launch, case: str, dtype: str, architecture: int) -> Kernel:
     """Compiles without Triton's cache, and reads the machine code."""
     triton.runtime.driver.set_active(CompileOnly(architecture))
     launch.kernel.device_caches.clear()
@@ -183,49 +136,32 @@ def compile_launch(launch: Launch, case: str, dtype: str, architecture: int) -> 
         seconds = sum(os.times()[:4]) - begin
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        usage, code = _tool("cuobjdump", "--dump-resource-usage", cubin), _tool("nvdisasm", "-c", cubin)
-    resources = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
-    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", code, re.MULTILINE)
-    warps = compiled.metadata.num_warps
-    return Facts(
-        kernel=launch.kernel.__name__.removesuffix("_kernel"),
+        usage = resources(run_tool("cuobjdump", "--dump-resource-usage", cubin))
+        mix = Counter(INSTRUCTION.findall(run_tool("nvdisasm", "-c", cubin)))
+    threads = 32 * compiled.metadata.num_warps
+    return Kernel(
+        name=launch.kernel.__name__.removesuffix("_kernel"),
         case=case,
         dtype=dtype,
         architecture=architecture,
-        registers=resources["REG"],
-        stack=resources["STACK"] + resources["LOCAL"],
-        spills=sum(opcode.startswith(("STL", "LDL")) for opcode in opcodes),
+        registers=usage["REG"],
+        stack=usage["STACK"] + usage["LOCAL"],
+        spills=count(mix, "LDL", "STL"),
         shared=compiled.metadata.shared,
-        warps=warps,
-        occupancy=occupancy(architecture, resources["REG"], compiled.metadata.shared, warps),
-        loads=_widths(opcodes, "LDG"),
-        stores=_widths(opcodes, "STG"),
-        instructions=len(opcodes),
+        threads=threads,
+        occupancy=occupancy(architecture, usage["REG"], compiled.metadata.shared, threads),
+        loads=widths(mix, "LDG"),
+        stores=widths(mix, "STG"),
+        ffma=count(mix, "FFMA"),
         seconds=seconds,
     )
 
 
-def _tool(name: str, *args: object) -> str:
-    path = Path(triton.__file__).parent / "backends/nvidia/bin" / name
-    return subprocess.run([path, *map(str, args)], capture_output=True, text=True, check=True).stdout
-
-
-def _widths(opcodes: list[str], instruction: str) -> dict[int, int]:
-    widths: dict[int, int] = {}
-    for opcode in opcodes:
-        name, *modifiers = opcode.split(".")
-        if name == instruction:
-            sizes = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1}
-            width = next((sizes[m] for m in modifiers if m in sizes), 4)
-            widths[width] = widths.get(width, 0) + 1
-    return widths
-
-
-def report(architectures: tuple[int, ...] = ARCHITECTURES, dtypes: tuple[str, ...] = tuple(DTYPES)) -> Iterator[Facts]:
-    """Every kernel of every case; the small kernels that add up partial results once."""
-    for architecture in architectures:
+def kernels() -> Iterator[Kernel]:
+    """Every kernel of every case, dtype and architecture; the small ones that add up partial results once."""
+    for architecture in ARCHITECTURES:
         seen = set()
-        for dtype in dtypes:
+        for dtype in DTYPES:
             for case, call in cases(DTYPES[dtype]):
                 for launch in launches(call):
                     name = launch.kernel.__name__
@@ -234,22 +170,3 @@ def report(architectures: tuple[int, ...] = ARCHITECTURES, dtypes: tuple[str, ..
                             continue
                         seen.add(name)
                     yield compile_launch(launch, case, dtype, architecture)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_triton", description=__doc__)
-    parser.add_argument("--architecture", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
-    parser.add_argument("--dtype", nargs="+", choices=tuple(DTYPES), default=tuple(DTYPES))
-    parser.add_argument("--json", type=Path, help="write the figures here as well")
-    args = parser.parse_args()
-    figures = []
-    print(HEADER)
-    for facts in report(tuple(args.architecture), tuple(args.dtype)):
-        print(facts.line(), flush=True)
-        figures.append(asdict(facts))
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -39,14 +39,15 @@ inline void merge_moments(const float* partials, int64_t parts, int channels, fl
 
 template <class T>
 void Passes<T>::channel_stats(const T* x, float* mean, float* m2, const Shape& s, float* partials, const Launch& on) {
-  const PixelPlan plan(s, on.vector, on.multiprocessors);
+  const Shape all = s.as_one_image();
+  const PixelPlan plan(all, on.vector, on.multiprocessors);
   with_vector<T>(on, [&]<int V>() {
     const auto kernel = channel_stats_kernel<T, V>;
     const int shared_bytes = 3 * plan.rows * plan.lanes * V * (int)sizeof(float);
     if (plan.blocks > 0)
-      EFFNET_FAST_LAUNCH(kernel, plan.blocks, PixelPlan::kThreads, shared_bytes, on.stream, x, partials, s, plan);
+      EFFNET_FAST_LAUNCH(kernel, plan.blocks, PixelPlan::kThreads, shared_bytes, on.stream, x, partials, all, plan);
   });
-  merge_moments(partials, s.n * plan.chunks, s.c, mean, m2, on);
+  merge_moments(partials, plan.chunks, s.c, mean, m2, on);
 }
 
 template <class T>
@@ -58,9 +59,9 @@ void Passes<T>::pool(const T* y, const float* scale, const float* shift, bool si
     const int shared_bytes = plan.rows * plan.lanes * V * (int)sizeof(float);
     if (plan.blocks > 0)
       EFFNET_FAST_LAUNCH(kernel, plan.blocks, PixelPlan::kThreads, shared_bytes, on.stream, y, scale, shift, silu,
-                         partials, s, plan);
+                         plan.chunks > 1 ? partials : out, s, plan);
   });
-  sum_parts(partials, plan.chunks, s.n, s.c, false, out, on);
+  if (plan.chunks > 1) sum_parts(partials, plan.chunks, s.n, s.c, false, out, on);
 }
 
 template <class T>
@@ -81,10 +82,10 @@ void Passes<T>::backward_sums(const T* grad, const T* y, const Normalization& no
     const auto kernel = silu ? backward_sums_kernel<T, V, true> : backward_sums_kernel<T, V, false>;
     const int shared_bytes = plan.rows * plan.lanes * V * (int)sizeof(float);
     if (plan.blocks > 0)
-      EFFNET_FAST_LAUNCH(kernel, plan.blocks, PixelPlan::kThreads, shared_bytes, on.stream, grad, y, norm, partials, s,
-                         plan);
+      EFFNET_FAST_LAUNCH(kernel, plan.blocks, PixelPlan::kThreads, shared_bytes, on.stream, grad, y, norm,
+                         plan.chunks > 1 ? partials : out, s, plan);
   });
-  sum_parts(partials, plan.chunks, silu ? 5 : 2, s.n * s.c, false, out, on);
+  if (plan.chunks > 1) sum_parts(partials, plan.chunks, silu ? 5 : 2, s.n * s.c, false, out, on);
 }
 
 template <class T>

@@ -19,11 +19,12 @@ struct Launch {
 };
 
 inline int64_t channel_stats_partials(const Shape& s, const Launch& on) {
-  return s.n * PixelPlan(s, on.vector, on.multiprocessors).chunks * 4 * s.c;
+  return (int64_t)PixelPlan(s.as_one_image(), on.vector, on.multiprocessors).chunks * 4 * s.c;
 }
-// of `sums` sums per image and channel
+// of `sums` sums per image and channel; none where one block makes them
 inline int64_t pixel_partials(const Shape& s, int sums, const Launch& on) {
-  return (int64_t)PixelPlan(s, on.vector, on.multiprocessors).chunks * sums * s.n * s.c;
+  const int chunks = PixelPlan(s, on.vector, on.multiprocessors).chunks;
+  return chunks > 1 ? (int64_t)chunks * sums * s.n * s.c : 0;
 }
 inline int64_t dwconv_stats_partials(const Shape& s, const Window& w, const Launch& on) {
   return (int64_t)forward_plan(s, w, on.vector, on.multiprocessors).parts * 4 * s.c;

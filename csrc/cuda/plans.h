@@ -12,6 +12,8 @@ struct Shape {
   int64_t n;
   int c, h, w;
   constexpr int64_t pixels() const { return (int64_t)h * w; }
+  // All images as the rows of one, for sums over all of them. An image's pixels fit an int.
+  constexpr Shape as_one_image() const { return {1, c, (int)n, h * w}; }
 };
 
 // Where a depthwise convolution reads: output (oh, ow) covers input rows oh * stride - pad_h + [0, kernel).
@@ -34,10 +36,10 @@ struct PixelPlan {
     groups = ceil_div(vectors, 32);
     lanes = ceil_div(vectors, groups);
     rows = kThreads / lanes;
-    // enough blocks for eight on each multiprocessor, but at least four pixels a thread
+    // enough blocks for eight on each multiprocessor, but at least eight pixels a thread: each block leaves partial sums
     const int64_t wanted = ceil_div<int64_t>(8 * multiprocessors, std::max<int64_t>(1, s.n * groups));
-    chunks = (int)std::max<int64_t>(1, std::min(wanted, s.pixels() / (4 * rows)));
-    chunk = ceil_div<int64_t>(s.pixels(), chunks);
+    chunks = (int)std::max<int64_t>(1, std::min(wanted, s.pixels() / (8 * rows)));
+    chunk = std::max<int64_t>(1, ceil_div<int64_t>(s.pixels(), chunks));
     chunks = (int)ceil_div(s.pixels(), chunk);
     blocks = s.n * groups * chunks;
   }

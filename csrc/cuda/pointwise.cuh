@@ -122,7 +122,7 @@ __device__ __forceinline__ void sum_rows(const float (&mine)[V], float* shared, 
   __syncthreads();  // the next sum overwrites
 }
 
-// partials [chunks, N, C]: sums over a chunk of SiLU(u) or u.
+// partials [chunks, N, C]: sums over a chunk of SiLU(u) or u; the result itself where there is one chunk.
 template <class T, int V>
 __global__ void __launch_bounds__(PixelPlan::kThreads, 4)
     pool_kernel(const T* __restrict__ y, const float* __restrict__ scale_, const float* __restrict__ shift_, bool silu,

@@ -69,18 +69,68 @@ def backward_pointwise(
     residual: Tensor | None,
     input_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    floats = torch.promote_types(x.dtype, torch.float32)
+    only_norm = scale is not None and not silu and gate is None and in_scale is None and in_gate is None
+    if only_norm and input_grad and weight.shape[1] < weight.shape[0]:
+        dx, dweight = _backward_norm_pointwise(passes, grad, x, weight, scale, mean, a, b, residual)
+        return dx, dweight, x.new_empty(0, len(x), 0, dtype=floats)
     dy = grad if scale is None else passes.backward_apply(grad, y, scale, shift, mean, silu, gate, None, a, b)
     rows, matrix = _pixels(dy), weight.flatten(1).to(dy.dtype)
     n, c, h, w = x.shape
-    dweight = (rows.T @ _pixels(_activated(passes, x, in_scale, in_shift, in_gate))).view(weight.shape)
-    floats = torch.promote_types(x.dtype, torch.float32)
+    activated = _pixels(_activated(passes, x, in_scale, in_shift, in_gate))
+    dweight = _float_product(rows.T, activated).view(weight.shape)
     if not input_grad:
-        return torch.empty_like(x[:0]), dweight.to(floats), x.new_empty(0, n, 0, dtype=floats)
+        return torch.empty_like(x[:0]), dweight, x.new_empty(0, n, 0, dtype=floats)
     dx = rows @ matrix if residual is None else torch.addmm(_pixels(residual), rows, matrix)
     dx = dx.view(n, h, w, c).permute(0, 3, 1, 2)
     if in_scale is None:
-        return dx, dweight.to(floats), x.new_empty(0, n, 0, dtype=floats)
-    return dx, dweight.to(floats), passes.backward_sums(dx, x, in_scale, in_shift, in_mean, in_rstd, True)
+        return dx, dweight, x.new_empty(0, n, 0, dtype=floats)
+    return dx, dweight, passes.backward_sums(dx, x, in_scale, in_shift, in_mean, in_rstd, True)
+
+
+def _backward_norm_pointwise(
+    passes: Any,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    mean: Tensor,
+    a: Tensor,
+    b: Tensor,
+    residual: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and weight where a BatchNorm follows the convolution, without the gradient dy between them.
+
+    y = W x at every pixel, so that dy = scale * grad + b * W (x - x_mean) + c, c = a + b * (W x_mean - mean). As x has
+    few channels, where grad and dy have many, this moves far less than dy's way to memory and back:
+
+        W' dy      = (scale W)' grad + (W' b W) (x - x_mean) + W' c
+        sum dy x'  = scale sum grad x' + b W sum (x - x_mean) x' + c sum x'
+
+    The sums over pixels stay in float32, as they nearly cancel.
+    """
+    n, channels, height, width = x.shape
+    rows, pixels, matrix = _pixels(grad), _pixels(x), weight.flatten(1).to(x.dtype).to(scale.dtype)
+    scaled, bent = scale[:, None] * matrix, b[:, None] * matrix
+    x_mean, _ = passes.channel_stats(x)
+    x_sum = len(pixels) * x_mean
+    c = a + b * (matrix @ x_mean - mean)
+    through_x = (matrix.T @ bent).to(x.dtype)
+    constant = (matrix.T @ c - through_x.to(scale.dtype) @ x_mean).to(x.dtype)
+    given = constant if residual is None else _pixels(residual) + constant
+    dx = torch.addmm(given, pixels, through_x).addmm_(rows, scaled.to(x.dtype))
+    around_mean = _float_product(pixels.T, pixels) - torch.outer(x_mean, x_sum)
+    dweight = scale[:, None] * _float_product(rows.T, pixels) + bent @ around_mean + torch.outer(c, x_sum)
+    return dx.view(n, height, width, channels).permute(0, 3, 1, 2), dweight.view(weight.shape)
+
+
+def _float_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32 (float64 for float64)."""
+    if a.dtype not in (torch.float16, torch.bfloat16):
+        return a @ b
+    if a.device.type == "cuda" and torch.version.cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
 
 
 def window_padding(x: Tensor, kernel: int, stride: int, same: bool) -> tuple[int, int, int, int]:

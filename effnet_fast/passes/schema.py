@@ -26,7 +26,7 @@ pointwise_affine    inference: SiLU(u) or u of the convolution of x, or of x tim
 backward_pointwise  gradients of the convolution's input (plus residual) and weight, and, where the input is
                     SiLU(x * in_scale + in_shift) (times in_gate), `backward_sums` of that gradient and x, else an empty
                     [0, N, 0]. The gradient of the convolution's output is `backward_apply`, formed on load, or `grad`
-                    itself where scale is None. Without input_grad, the weight's gradient alone: the input's is of no images.
+                    itself where scale is None. Without input_grad, the input's gradient is of no images.
 
 Windows have a stride of 1 or 2 and a square kernel of 3, 5 or 7, padded by k // 2 on every side, or as
 TensorFlow's SAME pads if `same`: ceil(size / stride) outputs, the odd pixel at the end.

@@ -7,9 +7,18 @@ import torch
 from torch import Tensor
 
 from effnet_fast.passes import reference
+from effnet_fast.passes.backend import WithProducts
 from effnet_fast.passes.schema import PASSES
 from tests.cuda_sim.conftest import FORWARD, ORDERS, RANDOM, REVERSE, Simulate
-from tests.passes.samples import CONVOLUTIONS, SHAPES, Call, channels_last, depthwise_calls, elementwise_calls
+from tests.passes.samples import (
+    CONVOLUTIONS,
+    SHAPES,
+    Call,
+    channels_last,
+    depthwise_calls,
+    elementwise_calls,
+    product_calls,
+)
 from tests.passes.test_cpu import WRONG
 
 # Relative to the largest value of an output. float32: some hundred roundings of 6e-8. 16 bit: the storage's rounding of
@@ -73,6 +82,23 @@ def test_however_the_work_is_cut(
         *depthwise_calls(shape, torch.float32, kernel, stride, same),
     ]:
         check(passes, call, torch.float32)
+
+
+# Both operands of a product are rounded before it, and its result.
+PRODUCT_TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 16, 9, 7), (3, 40, 4, 6)], ids=str)
+def test_products_composed_of_them(passes: SimpleNamespace, simulate: Simulate, shape, dtype: torch.dtype) -> None:
+    simulate(FORWARD, 2)
+    composed, expected = WithProducts(passes), WithProducts(reference)
+    for call in product_calls(shape, dtype, 48):
+        results = tensors(getattr(composed, call.name)(*call.args))
+        wide = tensors(getattr(expected, call.name)(*call.to_float64()))
+        for a, e in zip(results, wide, strict=True):
+            limit = PRODUCT_TOLERANCE[dtype] * max(1.0, e.abs().max().item() if e.numel() else 0.0)
+            torch.testing.assert_close(a.double(), e, rtol=0, atol=limit)
 
 
 def test_every_pass_is_sampled() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 # N, C, H, W: B0-like, one pixel, a half-full last vector, H != W, wide rows, more rows than columns, no examples
 SHAPES = (
@@ -99,8 +100,9 @@ def product_calls(shape: tuple[int, int, int, int], dtype: torch.dtype, out_chan
     g = torch.Generator().manual_seed(sum(shape) + out_channels)
     n, c = shape[:2]
     x, residual = (activation(g, shape, dtype) for _ in range(2))
-    y, grad, out_residual = (activation(g, (n, out_channels, *shape[2:]), dtype) for _ in range(3))
+    grad, out_residual = (activation(g, (n, out_channels, *shape[2:]), dtype) for _ in range(2))
     weight = torch.randn(out_channels, c, 1, 1, generator=g) / c**0.5
+    y = channels_last(F.conv2d(x.float(), weight).to(dtype))
     in_scale, in_rstd, in_gate = (torch.rand(size, generator=g) + 0.5 for size in ((c,), (c,), (n, c)))
     scale, gate = (torch.rand(size, generator=g) + 0.5 for size in ((out_channels,), (n, out_channels)))
     in_shift, in_mean = (torch.randn(c, generator=g) * 0.3 for _ in range(2))
@@ -116,6 +118,7 @@ def product_calls(shape: tuple[int, int, int, int], dtype: torch.dtype, out_chan
     none: tuple[None, ...] = (None,) * 5
     for out in (
         (None, None, None, False, None, None, None),
+        (scale, shift, mean, False, None, a, b),
         (scale, shift, mean, False, gate, a, b),
         (scale, shift, mean, True, None, a, b),
     ):

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from effnet_fast import create_model
 from effnet_fast.passes import reference
-from effnet_fast.passes.backend import passes_for, use_backend
-from tests.passes.samples import CONVOLUTIONS, SHAPES, Call, depthwise_calls, elementwise_calls
+from effnet_fast.passes.backend import WithProducts, passes_for, use_backend
+from tests.passes.samples import CONVOLUTIONS, SHAPES, Call, depthwise_calls, elementwise_calls, product_calls
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -49,6 +49,20 @@ def test_pointwise_passes(shape: tuple[int, int, int, int], dtype: torch.dtype) 
 def test_depthwise_passes(shape, kernel: int, stride: int, same: bool, dtype: torch.dtype) -> None:
     for call in depthwise_calls(shape, dtype, kernel, stride, same):
         check(call, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products(dtype: torch.dtype) -> None:
+    """Composed of the passes and PyTorch's matrix products, whose operands are rounded."""
+    for call in product_calls((2, 16, 9, 7), dtype, 48):
+        with use_backend("cuda"):
+            actual = getattr(passes_for(call.args[0].cuda()), call.name)(*map(on_gpu, call.args))
+        expected = getattr(WithProducts(reference), call.name)(*call.to_float64())
+        if isinstance(actual, Tensor):
+            actual, expected = (actual,), (expected,)
+        for a, e in zip(actual, expected, strict=True):
+            limit = 2 * TOLERANCE[dtype] * max(1.0, e.abs().max().item() if e.numel() else 0.0)
+            torch.testing.assert_close(a.double().cpu(), e, rtol=0, atol=limit)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

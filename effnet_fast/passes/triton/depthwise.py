@@ -12,11 +12,11 @@ from torch import Tensor
 
 from effnet_fast.passes.schema import dwconv_output
 from effnet_fast.passes.triton.arithmetic import Norm, load_norm, silu, zeros
+from effnet_fast.passes.triton.configs import depthwise_config
 from effnet_fast.passes.triton.launch import (
     check_activation,
     check_operands,
     check_window,
-    depthwise_config,
     empty_floats,
     group,
     pack_weight,
@@ -150,14 +150,15 @@ def dwconv_stats(
     if y.numel() == 0:
         return y, x.new_zeros(channels, dtype=torch.float32), x.new_zeros(channels, dtype=torch.float32)
     kernel = weight.shape[-1]
-    config = depthwise_config("forward", kernel, stride, x)
-    rows = strip_rows(out_h)
-    programs = triton.cdiv(n * triton.cdiv(out_h, rows) * triton.cdiv(out_w, config.columns), config.lanes)
+    config = depthwise_config("dwconv_stats", kernel, stride, x)
+    across, strips = triton.cdiv(channels, config.channels), triton.cdiv(out_w, config.columns)
+    rows = strip_rows(out_h, triton.cdiv(n * strips, config.lanes) * across)
+    programs = triton.cdiv(n * triton.cdiv(out_h, rows) * strips, config.lanes)
     partials = empty_floats(x, programs, 3, channels)
-    dwconv_stats_kernel[(programs, triton.cdiv(channels, config.channels))](
+    dwconv_stats_kernel[(programs, across)](
         x, pack_weight(weight, config.channels), Norm(scale, shift), y, partials,
         Images(n, *x.shape[2:]), Images(n, out_h, out_w), rows, *padding(x, kernel, stride, same), *group(channels),
-        KERNEL=kernel, STRIDE=stride, **config.meta(),
+        KERNEL=kernel, STRIDE=stride, COLUMNS=config.columns, **config.tile(),
     )  # fmt: skip
     mean, m2 = merge_moments(partials)
     return y, mean, m2
@@ -181,13 +182,14 @@ def dwconv_affine(
     if z.numel() == 0:
         return z, x.new_zeros(n, channels, dtype=torch.float32)
     kernel = weight.shape[-1]
-    config = depthwise_config("forward", kernel, stride, x)
-    rows = strip_rows(out_h)
-    strips = triton.cdiv(out_h, rows) * triton.cdiv(out_w, config.columns)
+    config = depthwise_config("dwconv_affine", kernel, stride, x)
+    across, strips = triton.cdiv(channels, config.channels), triton.cdiv(out_w, config.columns)
+    rows = strip_rows(out_h, triton.cdiv(n * strips, config.lanes) * across)
+    strips *= triton.cdiv(out_h, rows)
     partials = empty_floats(x, n, strips, channels)
-    dwconv_affine_kernel[(triton.cdiv(n * strips, config.lanes), triton.cdiv(channels, config.channels))](
+    dwconv_affine_kernel[(triton.cdiv(n * strips, config.lanes), across)](
         x, pack_weight(weight, config.channels), Norm(in_scale, in_shift), Norm(scale, shift), z, partials,
         Images(n, *x.shape[2:]), Images(n, out_h, out_w), rows, *padding(x, kernel, stride, same), *group(channels),
-        KERNEL=kernel, STRIDE=stride, **config.meta(),
+        KERNEL=kernel, STRIDE=stride, COLUMNS=config.columns, **config.tile(),
     )  # fmt: skip
     return z, sum_partials(partials)

@@ -7,13 +7,13 @@ With h = oh * stride - pad + kh, and the same for columns,
 
 where a is the convolution's input and dy its output's gradient. Both run over the same pairs of pixels.
 
-A lane owns a strip of the input and walks down it. It holds a window of dy: the REACH = ceil(KERNEL / STRIDE) rows that
-meet the input's row at hand. At every step one row of dy comes in at the window's bottom and one leaves at its top, so
-that each pixel of dy is formed from (grad, y) once per strip; the products of the window with the input's pixels are
-then complete for da, and are added to the lane's own sums for dweight.
+A lane owns a column of the input, or a segment of one, and walks down it. It holds a window of KERNEL rows: the
+input's activated pixels, and what their gradients have gathered so far. At every step one row of dy is formed from
+(grad, y), and each of its pixels meets the whole window while it is in a register, for da and for dweight. Then the
+window slides down by STRIDE rows, of which the upper ones have met all that they meet.
 
-With stride 2 the window meets two rows and two columns of the input at once: a cell of STRIDE x STRIDE pixels, one for
-every phase of the kernel. Strips are measured in cells.
+With stride 2 a pixel of dy meets STRIDE columns of the input at once, one for every phase of the kernel: a lane's
+column is one of cells, STRIDE x STRIDE pixels each.
 """
 
 import torch
@@ -22,18 +22,28 @@ import triton.language as tl
 from torch import Tensor
 
 from effnet_fast.passes.schema import dwconv_output, empty_like_nhwc
-from effnet_fast.passes.triton.arithmetic import Norm, OutputGrad, load_norm, load_output_grad, output_grad, zeros
+from effnet_fast.passes.triton.arithmetic import (
+    Norm,
+    OutputGrad,
+    load_norm,
+    load_output_grad,
+    output_grad,
+    silu,
+    silu_slope,
+    zeros,
+)
+from effnet_fast.passes.triton.configs import depthwise_config
 from effnet_fast.passes.triton.launch import (
     PROGRAMS,
     check_activation,
     check_like,
     check_operands,
     check_window,
-    depthwise_config,
     empty_floats,
     group,
     pack_weight,
     padding,
+    registers,
     strip_rows,
 )
 from effnet_fast.passes.triton.reductions import sum_partials
@@ -41,119 +51,107 @@ from effnet_fast.passes.triton.strips import Images, column_mask, row_mask, row_
 
 
 @triton.jit
-def load_output_grad_row(grad, y, op, n, row, left, images, c, channels, WIDTH: tl.constexpr):
-    """A row of the window: dy at `row` and the columns from `left` on, zero outside of the image."""
-    grad = row_pointers(grad, n, row, left, images, c, channels)
-    if op.scale is not None:
-        y = row_pointers(y, n, row, left, images, c, channels)
-    in_row = row_mask(n, row, images, c, channels)
-    pixels = ()
-    for i in tl.static_range(WIDTH):
-        inside = in_row & column_mask(left + i, images)
-        dy = tl.load(grad + i * channels, mask=inside, other=0.0).to(tl.float32)
-        if op.scale is not None:
-            value = tl.load(y + i * channels, mask=inside, other=0.0).to(tl.float32)
-            dy = tl.where(inside, output_grad(dy, value, op, True), 0.0)
-        pixels += (dy,)
-    return pixels
+def load_output_grad_pixel(grad, y, op, n, row, column, images, c, channels):
+    """dy, zero outside of the image."""
+    inside = row_mask(n, row, images, c, channels) & column_mask(column, images)
+    dy = tl.load(row_pointers(grad, n, row, column, images, c, channels), mask=inside, other=0.0).to(tl.float32)
+    if op.scale is None:
+        return dy
+    else:
+        value = tl.load(row_pointers(y, n, row, column, images, c, channels), mask=inside, other=0.0).to(tl.float32)
+        return tl.where(inside, output_grad(dy, value, op, True), 0.0)
 
 
 @triton.jit
-def activate(value, inside, norm):
-    """The convolution's input, and the slope of its activation (1 without one)."""
-    if norm.scale is None:
-        return value, 1.0
-    else:
-        u = value * norm.scale + norm.shift
-        s = tl.sigmoid(u)
-        return tl.where(inside, u * s, 0.0), s * (1 + u * (1 - s))
+def owns(row, first, rows):
+    """Whether the row is one of a strip's own, [BLOCK_P, 1]."""
+    return ((row >= first) & (row < first + rows))[:, None]
 
 
 @triton.jit
 def backward_dwconv_kernel(
     grad, y, x, weight, op, norm, g, partials, outputs, inputs, cells, rows, pad_h, pad_w, tiles, tiles_per_program,
     groups, GROUP: tl.constexpr,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """g, and each program's dweight and, with a norm, sums of g and g * hat: partials [programs, KERNEL^2 + 2, C]."""
-    REACH: tl.constexpr = (KERNEL + STRIDE - 1) // STRIDE
-    WIDTH: tl.constexpr = COLUMNS + REACH - 1
+    REACH: tl.constexpr = (KERNEL + STRIDE - 1) // STRIDE  # rows and columns of dy that meet a cell
     channels = groups * GROUP
     lane_c = tl.arange(0, BLOCK_C)
     c = tl.program_id(1) * BLOCK_C + lane_c
-    norm = load_norm(norm, c, channels)
     weight += (tl.program_id(1) * KERNEL * KERNEL * BLOCK_C + lane_c)[None, :]
-    dweight = zeros(KERNEL * KERNEL, BLOCK_P, BLOCK_C)
+    dweight = zeros(REACH * KERNEL * STRIDE, BLOCK_P, BLOCK_C)
     sum_g = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    sum_g_hat = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    sum_g_centered = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     first = tl.program_id(0) * tiles_per_program
     for tile in range(first, tl.minimum(first + tiles_per_program, tiles)):
-        n, top, left = strip_corners(tile, cells, rows, COLUMNS, BLOCK_P)
-        out_op = load_output_grad(op, n, c, channels, cells.count)
-        # Cell (i, j) begins at the input's pixel (i * STRIDE - pad % STRIDE, ...); dy's pixel (i + pad // STRIDE, ...)
-        # is the last one to meet it, the first one lies REACH - 1 before.
-        out_top = top + pad_h // STRIDE - (REACH - 1)
-        out_left = left + pad_w // STRIDE - (REACH - 1)
-        window = zeros(REACH * WIDTH, BLOCK_P, BLOCK_C)  # the lowest row first
-        for step in range(REACH - 1):
-            row = load_output_grad_row(grad, y, out_op, n, out_top + step, out_left, outputs, c, channels, WIDTH)
-            window = row + window[: (REACH - 1) * WIDTH]
-        for step in range(rows):
-            row = load_output_grad_row(
-                grad, y, out_op, n, out_top + REACH - 1 + step, out_left, outputs, c, channels, WIDTH
-            )  # fmt: skip
-            window = row + window[: (REACH - 1) * WIDTH]
-            for phase_h in tl.static_range(STRIDE):
-                h = (top + step) * STRIDE - pad_h % STRIDE + phase_h
-                w = left * STRIDE - pad_w % STRIDE
-                xs = row_pointers(x, n, h, w, inputs, c, channels)
-                gs = row_pointers(g, n, h, w, inputs, c, channels)
-                in_row = row_mask(n, h, inputs, c, channels)
-                for phase_w in tl.static_range(STRIDE):
-                    values = ()
-                    activated = ()
-                    slopes = ()
-                    for t in tl.static_range(COLUMNS):
-                        inside = in_row & column_mask(w + t * STRIDE + phase_w, inputs)
-                        value = tl.load(xs + (t * STRIDE + phase_w) * channels, mask=inside, other=0.0).to(tl.float32)
-                        a, slope = activate(value, inside, norm)
-                        values += (value,)
-                        activated += (a,)
-                        slopes += (slope,)
-                    da = zeros(COLUMNS, BLOCK_P, BLOCK_C)
-                    # Each sum is taken from the front of its tuple and put at the back: after all taps the order is
-                    # again that of these loops.
-                    for j in tl.static_range(REACH):
-                        for i in tl.static_range(REACH):
-                            if phase_h + STRIDE * j < KERNEL and phase_w + STRIDE * i < KERNEL:
-                                tap = tl.load(
-                                    weight + ((phase_h + STRIDE * j) * KERNEL + phase_w + STRIDE * i) * BLOCK_C
-                                )
-                                products = dweight[0]
-                                for t in tl.static_range(COLUMNS):
-                                    dy = window[j * WIDTH + t + REACH - 1 - i]
-                                    da = da[1:] + (da[0] + dy * tap,)
-                                    products += dy * activated[t]
-                                dweight = dweight[1:] + (products,)
-                    for t in tl.static_range(COLUMNS):
-                        inside = in_row & column_mask(w + t * STRIDE + phase_w, inputs)
-                        stored = (da[t] * slopes[t]).to(g.dtype.element_ty)
-                        tl.store(gs + (t * STRIDE + phase_w) * channels, stored, mask=inside)
-                        if norm.scale is not None:
-                            wide = tl.where(inside, stored.to(tl.float32), 0.0)
-                            sum_g += wide
-                            sum_g_hat += wide * (values[t] - norm.mean) * norm.rstd
+        n, top, left = strip_corners(tile, cells, rows, 1, BLOCK_P)
+        # Cell i begins at the input's row i * STRIDE - pad % STRIDE; dy's row i + pad // STRIDE is the last to meet it.
+        owned = top * STRIDE - pad_h % STRIDE
+        w = left * STRIDE - pad_w % STRIDE
+        activated = zeros(KERNEL * STRIDE, BLOCK_P, BLOCK_C)
+        da = zeros(KERNEL * STRIDE, BLOCK_P, BLOCK_C)
+        for step in range(1 - REACH, rows):
+            in_norm = load_norm(
+                Norm(norm.scale, norm.shift, norm.mean), c, channels
+            )  # at every step: to spare registers
+            h = owned + step * STRIDE  # the window's first row
+            activated = activated[STRIDE * STRIDE :]
+            for r in tl.static_range(KERNEL - STRIDE, KERNEL):
+                xs = row_pointers(x, n, h + r, w, inputs, c, channels)
+                in_row = row_mask(n, h + r, inputs, c, channels) & owns(h + r, owned, rows * STRIDE)
+                for phase in tl.static_range(STRIDE):
+                    inside = in_row & column_mask(w + phase, inputs)
+                    value = tl.load(xs + phase * channels, mask=inside, other=0.0).to(tl.float32)
+                    if norm.scale is not None:
+                        value = tl.where(inside, silu(value * in_norm.scale + in_norm.shift), 0.0)
+                    activated += (value,)
+            da = da[STRIDE * STRIDE :] + zeros(STRIDE * STRIDE, BLOCK_P, BLOCK_C)
+
+            out_op = load_output_grad(op, n, c, channels, cells.count)
+            # What is taken from the front of a tuple is put at its back: after all taps the order is as before.
+            for i in tl.static_range(REACH):
+                dy = load_output_grad_pixel(
+                    grad, y, out_op, n, top + pad_h // STRIDE + step, left + pad_w // STRIDE - i, outputs, c, channels
+                )  # fmt: skip
+                for kh in tl.static_range(KERNEL):
+                    for phase in tl.static_range(STRIDE):
+                        gathered, products = da[0], dweight[0]
+                        if phase + STRIDE * i < KERNEL:
+                            gathered += dy * tl.load(weight + (kh * KERNEL + phase + STRIDE * i) * BLOCK_C)
+                            products += dy * activated[kh * STRIDE + phase]
+                        da = da[1:] + (gathered,)
+                        dweight = dweight[1:] + (products,)
+
+            for r in tl.static_range(STRIDE):
+                xs = row_pointers(x, n, h + r, w, inputs, c, channels)
+                gs = row_pointers(g, n, h + r, w, inputs, c, channels)
+                in_row = row_mask(n, h + r, inputs, c, channels) & owns(h + r, owned, rows * STRIDE)
+                for phase in tl.static_range(STRIDE):
+                    inside = in_row & column_mask(w + phase, inputs)
+                    complete = da[r * STRIDE + phase]
+                    if norm.scale is None:
+                        tl.store(gs + phase * channels, complete.to(g.dtype.element_ty), mask=inside)
+                    else:
+                        value = tl.load(xs + phase * channels, mask=inside, other=0.0).to(tl.float32)
+                        slope = silu_slope(value * in_norm.scale + in_norm.shift)
+                        stored = (complete * slope).to(g.dtype.element_ty)
+                        tl.store(gs + phase * channels, stored, mask=inside)
+                        wide = tl.where(inside, stored.to(tl.float32), 0.0)
+                        sum_g += wide
+                        sum_g_centered += wide * (value - in_norm.mean)
     partials += tl.program_id(0).to(tl.int64) * (KERNEL * KERNEL + 2) * channels + c
-    for phase_h in tl.static_range(STRIDE):
-        for phase_w in tl.static_range(STRIDE):
-            for j in tl.static_range(REACH):
-                for i in tl.static_range(REACH):
-                    if phase_h + STRIDE * j < KERNEL and phase_w + STRIDE * i < KERNEL:
-                        to = partials + ((phase_h + STRIDE * j) * KERNEL + phase_w + STRIDE * i) * channels
-                        tl.store(to, tl.sum(dweight[0], 0), mask=c < channels)
-                        dweight = dweight[1:] + (dweight[0],)
+    for i in tl.static_range(REACH):
+        for kh in tl.static_range(KERNEL):
+            for phase in tl.static_range(STRIDE):
+                if phase + STRIDE * i < KERNEL:
+                    to = partials + (kh * KERNEL + phase + STRIDE * i) * channels
+                    tl.store(to, tl.sum(dweight[(i * KERNEL + kh) * STRIDE + phase], 0), mask=c < channels)
     tl.store(partials + KERNEL * KERNEL * channels, tl.sum(sum_g, 0), mask=c < channels)
-    tl.store(partials + (KERNEL * KERNEL + 1) * channels, tl.sum(sum_g_hat, 0), mask=c < channels)
+    sum_g_hat = tl.sum(sum_g_centered, 0)
+    if norm.scale is not None:
+        sum_g_hat *= tl.load(norm.rstd + c, mask=c < channels, other=0.0)
+    tl.store(partials + (KERNEL * KERNEL + 1) * channels, sum_g_hat, mask=c < channels)
 
 
 def backward_dwconv(
@@ -188,12 +186,12 @@ def backward_dwconv(
     if x.numel() == 0:
         dweight = x.new_zeros(weight.shape, dtype=torch.float32)
         return g, dweight, x.new_zeros(2, channels, dtype=torch.float32)
-    config = depthwise_config("backward", kernel, stride, x)
+    config = depthwise_config("backward_dwconv", kernel, stride, x)
     pad_h, pad_w = padding(x, kernel, stride, same)
     cells_h, cells_w = triton.cdiv(height + pad_h % stride, stride), triton.cdiv(width + pad_w % stride, stride)
-    rows = strip_rows(cells_h)
     across = triton.cdiv(channels, config.channels)
-    tiles = triton.cdiv(n * triton.cdiv(cells_h, rows) * triton.cdiv(cells_w, config.columns), config.lanes)
+    rows = strip_rows(cells_h, triton.cdiv(n * cells_w, config.lanes) * across)
+    tiles = triton.cdiv(n * triton.cdiv(cells_h, rows) * cells_w, config.lanes)
     tiles_per_program = triton.cdiv(tiles, max(1, PROGRAMS // across))
     programs = triton.cdiv(tiles, tiles_per_program)
     taps = kernel * kernel
@@ -202,7 +200,8 @@ def backward_dwconv(
         grad, y, x, pack_weight(weight, config.channels), OutputGrad(scale, shift, mean, gate, pooled_grad, a, b),
         Norm(in_scale, in_shift, in_mean, in_rstd), g, partials,
         Images(n, *grad.shape[2:]), Images(n, height, width), Images(n, cells_h, cells_w), rows, pad_h, pad_w,
-        tiles, tiles_per_program, *group(channels), KERNEL=kernel, STRIDE=stride, **config.meta(),
+        tiles, tiles_per_program, *group(channels), KERNEL=kernel, STRIDE=stride,
+        **config.tile(), **registers(x),
     )  # fmt: skip
     totals = sum_partials(partials).view(taps + 2, channels)
     return g, totals[:taps].T.contiguous().view(weight.shape), totals[taps:].clone()

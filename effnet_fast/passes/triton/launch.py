@@ -1,6 +1,6 @@
-"""How the kernels are launched: tile sizes per shape class, the cut of the work, and checks of what is passed."""
+"""How the kernels are launched: the cut of the work, and checks of what is passed."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -14,79 +14,22 @@ from effnet_fast.passes.reference import same_padding
 PROGRAMS = 1024
 
 
-class Config(NamedTuple):
-    """A tile of lanes x channels, the columns of a lane's strip, and warps. A thread has tile / (32 * warps) values."""
+def registers(x: Tensor) -> dict[str, int]:
+    """Keyword arguments of the depthwise kernels: all the registers that a thread can have.
 
-    lanes: int
-    channels: int
-    columns: int = 1
-    warps: int = 4
-
-    def fit(self, channels: int) -> "Config":
-        """The same number of values with fewer channels and more lanes, where there are only so many channels."""
-        width = min(self.channels, triton.next_power_of_2(channels))
-        return self._replace(lanes=self.lanes * self.channels // width, channels=width)
-
-    def meta(self) -> dict[str, int]:
-        """Keyword arguments of the depthwise kernels."""
-        return {**self.tile(), "COLUMNS": self.columns}
-
-    def tile(self) -> dict[str, int]:
-        return {"BLOCK_P": self.lanes, "BLOCK_C": self.channels, "num_warps": self.warps}
+    Left to itself, NVIDIA's assembler gives them fewer, for the sake of more warps, and spills some. Triton knows the
+    argument for NVIDIA's GPUs only.
+    """
+    return {} if torch.version.hip or x.device.type == "xpu" else {"maxnreg": 255}
 
 
-# By bytes of a value. Two 16-byte loads a thread.
-POINTWISE = {2: Config(32, 64), 4: Config(32, 32)}
+def strip_rows(height: int, others: int) -> int:
+    """Rows of a strip: as many as leave PROGRAMS programs, as each strip reads rows around it again, but 16 at least.
 
-# By kernel, stride and bytes of a value. Forward, a thread takes 16 bytes of channels, 128 bytes a lane. Wider strips
-# activate fewer pixels twice, but need KERNEL / STRIDE * columns sums a channel in registers.
-FORWARD = {
-    (3, 1, 2): Config(16, 64, 3),
-    (3, 2, 2): Config(16, 64, 2),
-    (5, 1, 2): Config(16, 64, 2),
-    (5, 2, 2): Config(16, 64, 1),
-    (7, 1, 2): Config(16, 64, 1),
-    (7, 2, 2): Config(16, 64, 1),
-    (3, 1, 4): Config(16, 32, 4),
-    (3, 2, 4): Config(16, 32, 2),
-    (5, 1, 4): Config(16, 32, 2),
-    (5, 2, 4): Config(16, 32, 2),
-    (7, 1, 4): Config(16, 32, 2),
-    (7, 2, 4): Config(16, 32, 1),
-}
-
-# Backward, a thread holds the window of dy and KERNEL^2 sums of the weight's gradient for each of its channels: it can
-# afford two channels, and a wider strip is worth more than a wider load.
-BACKWARD = {
-    (3, 1, 2): Config(4, 64, 4),
-    (3, 2, 2): Config(4, 64, 2),
-    (5, 1, 2): Config(4, 64, 2),
-    (5, 2, 2): Config(4, 64, 2),
-    (7, 1, 2): Config(2, 64, 2),
-    (7, 2, 2): Config(2, 64, 1),
-    (3, 1, 4): Config(4, 64, 4),
-    (3, 2, 4): Config(4, 64, 2),
-    (5, 1, 4): Config(4, 64, 2),
-    (5, 2, 4): Config(4, 64, 2),
-    (7, 1, 4): Config(2, 64, 2),
-    (7, 2, 4): Config(2, 64, 1),
-}
-
-TABLES = {"forward": FORWARD, "backward": BACKWARD}
-
-
-def pointwise_config(x: Tensor) -> Config:
-    return POINTWISE[x.element_size()].fit(x.shape[1])
-
-
-def depthwise_config(direction: str, kernel: int, stride: int, x: Tensor) -> Config:
-    """direction: "forward" or "backward"."""
-    return TABLES[direction][kernel, stride, x.element_size()].fit(x.shape[1])
-
-
-def strip_rows(height: int) -> int:
-    """Rows of a strip: 16 or a little fewer, so that strips are equally high."""
-    return triton.cdiv(height, triton.cdiv(height, 16))
+    others: programs of a pass whose strips are as high as their images.
+    """
+    segments = min(triton.cdiv(PROGRAMS, max(1, others)), triton.cdiv(height, 16))
+    return triton.cdiv(height, segments)
 
 
 def group(channels: int) -> tuple[int, int]:

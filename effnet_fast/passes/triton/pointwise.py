@@ -15,6 +15,7 @@ from effnet_fast.passes.triton.arithmetic import (
     output_grad,
     silu,
 )
+from effnet_fast.passes.triton.configs import pointwise_config
 from effnet_fast.passes.triton.launch import (
     PROGRAMS,
     check_activation,
@@ -22,7 +23,6 @@ from effnet_fast.passes.triton.launch import (
     check_operands,
     empty_floats,
     group,
-    pointwise_config,
 )
 from effnet_fast.passes.triton.reductions import merge_moments, store_moments, sum_partials
 

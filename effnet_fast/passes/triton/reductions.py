@@ -83,6 +83,8 @@ def merge_moments(partials: Tensor) -> tuple[Tensor, Tensor]:
 def sum_partials(partials: Tensor) -> Tensor:
     """Sums of partials [rows, count, width] over count: [rows, width]."""
     rows, count, width = partials.shape
+    if count == 1:
+        return partials.squeeze(1)
     result = empty_floats(partials, rows, width)
     sum_partials_kernel[(rows, triton.cdiv(width, _BLOCK_C))](
         partials, result, count, width, BLOCK_P=_BLOCK_P, BLOCK_C=_BLOCK_C

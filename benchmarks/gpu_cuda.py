@@ -1,0 +1,108 @@
+"""What nvcc made of the CUDA passes."""
+
+import re
+import subprocess
+from collections import Counter
+from importlib.util import find_spec
+from pathlib import Path
+
+from benchmarks.machine_code import INSTRUCTION, Kernel, count, occupancy, resources, run_tool, widths
+
+STORAGE = {"float": "float32", "__nv_bfloat16": "bfloat16", "__half": "float16"}
+MEMORY_BOUND = ("channel_stats", "pool", "apply", "backward_sums", "backward_apply")
+# Kernels of which fewer than half of the warps that fit run at once; the reason stands beside each in csrc/cuda.
+FEWER_WARPS = ("backward_sums, silu", "backward_apply, silu", "depthwise", "depthwise_backward")
+
+
+def launch_of(name: str, kernel_size: int, stride: int) -> tuple[int, int]:
+    """(threads, bytes of shared memory) of a block at its largest: the limits of csrc/cuda/plans.h."""
+    if name == "depthwise":
+        threads = 256 if kernel_size == 7 else 448
+        columns = threads // 16 * 2
+        return threads, 4 * (2 * stride * ((columns - 1) * stride + kernel_size) * 16 + 2 * 16)
+    if name == "depthwise_backward":
+        threads = 256 if kernel_size == 7 else 384 if (kernel_size, stride) == (5, 2) else 448
+        columns = threads // 16
+        return threads, 4 * 16 * (max(2 * (columns + kernel_size - 1), kernel_size * columns) + 7)
+    return 256, {"channel_stats": 24576, "pool": 8192, "backward_sums": 8192, "merge_moments": 6144}.get(name, 1024)
+
+
+def described(symbol: str) -> tuple[str, str, int, int, int]:
+    """(name, storage type, kernel size, stride, channels that a thread loads at once) of a demangled kernel."""
+    found = re.match(r"(?:void )?effnet_fast::(\w+?)_kernel(?:<(.*)>\()?", symbol)
+    assert found is not None, symbol
+    name, arguments = found[1], [re.sub(r"\(\w+\)", "", a.strip()) for a in (found[2] or "").split(",")]
+    if name.startswith("depthwise"):
+        if len(arguments) > 4:
+            name = "depthwise" if "Statistics" in arguments[4] else "depthwise, affine"
+        return name, arguments[0], int(arguments[1]), int(arguments[2]), int(arguments[3])
+    if len(arguments) > 2 and arguments[2] in ("1", "true"):
+        name += ", silu"
+    return name, arguments[0] or "float", 0, 0, int(arguments[1]) if len(arguments) > 1 else 1
+
+
+def demangled(symbols: list[str]) -> dict[str, str]:
+    done = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True)
+    return dict(zip(symbols, done.stdout.splitlines(), strict=True))
+
+
+def instruction_counts(binary: Path) -> dict[tuple[int, str], Counter[str]]:
+    """Instructions of every kernel in a binary, by (architecture, symbol)."""
+    counts: dict[tuple[int, str], Counter[str]] = {}
+    architecture, current = 0, Counter[str]()
+    for line in run_tool("cuobjdump", "-sass", binary).splitlines():
+        if found := re.match(r"\s*code for sm_(\d+)", line):
+            architecture = int(found[1])
+        elif found := re.match(r"\s*Function : (\S+)", line):
+            current = counts[architecture, found[1]] = Counter()
+        elif found := INSTRUCTION.match(line):
+            current[found[1]] += 1
+    return counts
+
+
+def kernels(binary: Path) -> list[Kernel]:
+    """Every kernel of a binary that nvcc made, for every architecture in it."""
+    usages: dict[tuple[int, str], dict[str, int]] = {}
+    architecture, symbol = 0, ""
+    for line in run_tool("cuobjdump", "--dump-resource-usage", binary).splitlines():
+        if found := re.search(r"arch = sm_(\d+)", line):
+            architecture = int(found[1])
+        elif found := re.match(r"\s*Function ([^:]+):", line):
+            symbol = found[1]
+        elif "REG:" in line:
+            usages[architecture, symbol] = resources(line)
+    names = demangled(sorted({symbol for _, symbol in usages}))
+    counts = instruction_counts(binary)
+    found_kernels = []
+    for (architecture, symbol), usage in usages.items():
+        name, storage, kernel_size, stride, vector = described(names[symbol])
+        threads, shared = launch_of(name.split(",")[0], kernel_size, stride)
+        mix = counts[architecture, symbol]
+        window = f"{kernel_size}x{kernel_size} / {stride}, " if kernel_size else ""
+        found_kernels.append(
+            Kernel(
+                name=name,
+                case=window + ("vectors" if vector > 1 else "scalars"),
+                dtype=STORAGE[storage],
+                architecture=architecture,
+                registers=usage["REG"],
+                stack=usage["STACK"] + usage["LOCAL"],
+                spills=count(mix, "LDL", "STL"),
+                shared=shared,
+                threads=threads,
+                occupancy=occupancy(architecture, usage["REG"], shared, threads),
+                loads=widths(mix, "LDG"),
+                stores=widths(mix, "STG"),
+                ffma=count(mix, "FFMA"),
+                seconds=None,
+            )
+        )
+    return sorted(found_kernels, key=lambda k: (k.name, k.dtype, k.case, k.architecture))
+
+
+def built_extension() -> Path:
+    """The CUDA extension of this installation. Raises FileNotFoundError if there is none."""
+    spec = find_spec("effnet_fast._cuda")
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError("effnet_fast._cuda: not built; install with nvcc, or EFFNET_FAST_CUDA=1 to see why not")
+    return Path(spec.origin)
