@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import effnet_fast.ops
 from effnet_fast import Scaling, model
-from effnet_fast.passes.backend import WithProducts, use_backend
+from effnet_fast.passes.backend import use_backend, with_products
 from tests.cuda_sim.conftest import FORWARD, Simulate
 
 
@@ -38,7 +38,7 @@ def test_gradients_of_every_stage_equal_eager(
 
     def simulated(x: Tensor, kernel: int = 3, stride: int = 1) -> SimpleNamespace:
         used.append((kernel, stride))
-        return WithProducts(passes)
+        return with_products(passes)
 
     for module in pkgutil.iter_modules(effnet_fast.ops.__path__, "effnet_fast.ops."):
         monkeypatch.setattr(importlib.import_module(module.name), "passes_for", simulated, raising=False)

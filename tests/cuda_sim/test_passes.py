@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from effnet_fast.passes import reference
-from effnet_fast.passes.backend import WithProducts
+from effnet_fast.passes.backend import with_products
 from effnet_fast.passes.schema import PASSES
 from tests.cuda_sim.conftest import FORWARD, ORDERS, RANDOM, REVERSE, Simulate
 from tests.passes.samples import (
@@ -92,7 +92,7 @@ PRODUCT_TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 2
 @pytest.mark.parametrize("shape", [(2, 16, 9, 7), (3, 40, 4, 6)], ids=str)
 def test_products_composed_of_them(passes: SimpleNamespace, simulate: Simulate, shape, dtype: torch.dtype) -> None:
     simulate(FORWARD, 2)
-    composed, expected = WithProducts(passes), WithProducts(reference)
+    composed, expected = with_products(passes), with_products(reference)
     for call in product_calls(shape, dtype, 48):
         results = tensors(getattr(composed, call.name)(*call.args))
         wide = tensors(getattr(expected, call.name)(*call.to_float64()))

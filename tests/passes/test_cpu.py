@@ -47,7 +47,11 @@ def check(call: Call, dtype: torch.dtype) -> None:
             assert a.is_contiguous(memory_format=torch.channels_last) or a.numel() == 0
         assert a.isfinite().all()
         tolerance = (PRODUCT_TOLERANCE if call.name in PRODUCTS else TOLERANCE)[dtype]
-        limit = tolerance * max(1.0, e.abs().max().item() if e.numel() else 0.0)
+        largest = e.abs().max().item() if e.numel() else 0.0
+        if call.name in ("backward_dwconv", "backward_pointwise") and i == 2 and expected[0].numel():
+            # sums of the gradient as rounded, times values of up to 3: they may cancel, the rounding does not
+            largest = max(largest, 3 * expected[0].abs().max().item())
+        limit = tolerance * max(1.0, largest)
         torch.testing.assert_close(a.double(), e, rtol=0, atol=limit, msg=lambda m, i=i: f"{call.name}[{i}]: {m}")
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from effnet_fast import create_model
 from effnet_fast.passes import reference
-from effnet_fast.passes.backend import WithProducts, passes_for, use_backend
+from effnet_fast.passes.backend import passes_for, use_backend, with_products
 from tests.passes.samples import CONVOLUTIONS, SHAPES, Call, depthwise_calls, elementwise_calls, product_calls
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -57,7 +57,7 @@ def test_products(dtype: torch.dtype) -> None:
     for call in product_calls((2, 16, 9, 7), dtype, 48):
         with use_backend("cuda"):
             actual = getattr(passes_for(call.args[0].cuda()), call.name)(*map(on_gpu, call.args))
-        expected = getattr(WithProducts(reference), call.name)(*call.to_float64())
+        expected = getattr(with_products(reference), call.name)(*call.to_float64())
         if isinstance(actual, Tensor):
             actual, expected = (actual,), (expected,)
         for a, e in zip(actual, expected, strict=True):
