@@ -156,7 +156,7 @@ def _conv_bn_act_backward(
 @_conv_bn_act_backward.register_fake
 def _(dout, x, y, stats, weight, stride, same, silu, group, input_grad):
     dx = torch.empty_like(x) if input_grad or weight.shape[-1] == 1 else x.new_empty(0)
-    return dx, torch.empty_like(weight), torch.empty_like(stats[:2])
+    return dx, torch.empty_like(weight, memory_format=torch.contiguous_format), torch.empty_like(stats[:2])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
