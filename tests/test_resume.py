@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from effnet_fast.run_folder import RunError, read_checkpoint
+from effnet_fast.trainer import Trainer
 from tests.tiny import SMALL, assert_same_bits, finish, results, start
 
 EVERY_STEP = ["--checkpoint-minutes", "0"]
@@ -129,6 +130,18 @@ def wait_for(condition: Any, seconds: float = 300) -> None:
         time.sleep(0.01)
 
 
+def in_a_slow_group() -> None:
+    """A process group of its own, and steps that last long enough for the progress bar to show them."""
+    os.setpgrp()
+    step = Trainer.train_step
+
+    def slow_step(*args: Any) -> None:
+        step(*args)
+        time.sleep(0.2)
+
+    Trainer.train_step = slow_step
+
+
 @pytest.mark.parametrize(
     ("number", "status", "augment"),
     [(signal.SIGTERM, 143, "fast"), (signal.SIGINT, 130, "fast"), (signal.SIGTERM, 143, "reference")],
@@ -139,7 +152,7 @@ def test_signals_end_a_run_after_its_step(
     """To the whole process group, as a terminal and supervisors send it: `reference` has worker processes in it."""
     folder, log = tmp_path / "run", tmp_path / "log"
     options = [*arguments(folder), "--checkpoint-minutes", "60", "--augment", augment]
-    process = start(*options, log=log, prepare=os.setpgrp)
+    process = start(*options, log=log, prepare=in_a_slow_group)
     wait_for(lambda: log.exists() and re.search(r"[1-7]/8 \[", log.read_text()))
     os.killpg(process.pid, number)
     assert finish(process) == status

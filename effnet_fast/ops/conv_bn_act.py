@@ -163,7 +163,7 @@ def _weight_grad(dmatrix: Tensor, weight: Tensor) -> Tensor:
 @_conv_bn_act_backward.register_fake
 def _(dout, x, y, stats, weight, stride, same, silu, group, input_grad):
     dx = torch.empty_like(x) if input_grad else x.new_empty(0)
-    return dx, torch.empty_like(weight), torch.empty_like(stats[:2])
+    return dx, torch.empty_like(weight, memory_format=torch.contiguous_format), torch.empty_like(stats[:2])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

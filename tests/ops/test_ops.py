@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from effnet_fast import ops
@@ -383,6 +384,18 @@ def test_opcheck(name: str, dtype: torch.dtype) -> None:
     func, args = calls[0]
     args = tuple(a.detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in args)
     torch.library.opcheck(func, args)
+
+
+def test_weight_gradients_lie_as_compilers_are_told() -> None:
+    """Also where the weight is channels_last, as in a model that is."""
+    weight = torch.randn(8, 3, 3, 3).contiguous(memory_format=torch.channels_last)
+    x, dout = (torch.randn(2, c, 6, 6).contiguous(memory_format=torch.channels_last) for c in (3, 8))
+    args = (dout, x, dout, torch.rand(5, 8), weight, 1, False, True, "", True)
+    real = torch.ops.effnet_fast.conv_bn_act_backward(*args)
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args]
+        fake = torch.ops.effnet_fast.conv_bn_act_backward(*fakes)
+    assert [t.stride() for t in real] == [t.stride() for t in fake]
 
 
 @pytest.mark.parametrize("training", [True, False])
