@@ -147,7 +147,7 @@ def _conv_bn_act_backward(
     if not input_grad:
         dx = x.new_empty(0)
     elif weight.shape[-1] > 1:
-        dx = patches_grad(dx, x, weight.shape[-1], stride, same)
+        dx = channels_last(patches_grad(dx, x, weight.shape[-1], stride, same))
     return dx, _weight_grad(dmatrix, weight), grad.affine
 
 
