@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from effnet_fast.passes.triton import depthwise, launch, pointwise
+from effnet_fast.passes.triton import configs, depthwise, pointwise
 from effnet_fast.passes.triton.strips import Images, row_pointers
 from tests.passes.samples import activation, elementwise_calls
 from tests.triton.interpreter import DTYPES, check, fix_interpreter
@@ -58,7 +58,7 @@ def test_statistics_survive_a_large_mean(mean_over_std: float) -> None:
 def test_many_programs_and_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of few lanes: every program loops, and has many partial results to add."""
     monkeypatch.setattr(pointwise, "PROGRAMS", 6)
-    monkeypatch.setattr(launch, "POINTWISE", {4: launch.Config(4, 16)})
+    monkeypatch.setattr(configs, "POINTWISE", {4: configs.Config(4, 16)})
     for call in elementwise_calls((2, 24, 9, 7), torch.float32):
         check(call, torch.float32)
 

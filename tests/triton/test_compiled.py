@@ -19,7 +19,7 @@ COMPILED = [
 
 def check(kernel: Kernel) -> None:
     assert kernel.spills == 0, kernel
-    # backward_dwconv: as many channels a thread as registers allow, see passes/triton/launch.py
+    # backward_dwconv: as many channels a thread as registers allow, see passes/triton/configs.py
     channels = {"3": 4, "5": 2, "7": 1}[kernel.case[0]] if kernel.name == "backward_dwconv" else 8
     assert min(kernel.loads) >= min(16, channels * DTYPES[kernel.dtype].itemsize), kernel
     # the sums and windows in registers leave room for eight warps
