@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from effnet_fast.augment import MEAN, STD
-from effnet_fast.cli import ArgumentParser
+from effnet_fast.cli import ArgumentParser, devices
 from effnet_fast.memory import keep_freed_memory
 from effnet_fast.run_folder import write_atomic
 from effnet_fast.run_model import Images, RunModel, add_run_arguments
@@ -20,7 +20,7 @@ from effnet_fast.run_model import Images, RunModel, add_run_arguments
 def heat_map(run: RunModel, image: Tensor) -> tuple[np.ndarray, Tensor]:
     """Grad-CAM (Selvaraju et al. 2017) of the last block for the most probable class, and all probabilities.
 
-    image: [1, 3, size, size] of `RunModel.read`. Returns float32 [size, size] from 0 to 1, and [classes].
+    image: [1, 3, size, size] of `RunModel.prepare`. Returns float32 [size, size] from 0 to 1, and [classes].
     """
     from pytorch_grad_cam import GradCAM
 
@@ -74,6 +74,7 @@ def _plain(text: str) -> str:
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m effnet_fast.cam", description=__doc__)
     add_run_arguments(parser)
+    parser.add_argument("--device", choices=devices(), default="cpu", help="default: cpu")
     parser.add_argument("images", nargs="+", type=Path, metavar="image", help="files, or folders of them")
     parser.add_argument(
         "--beside", type=Path, action="append", default=[], metavar="RUN", help="another run's column; may be repeated"

@@ -17,7 +17,8 @@ from effnet_fast.data import load_dataset
 from effnet_fast.memory import keep_freed_memory
 from effnet_fast.model import create_model
 from effnet_fast.passes.backend import use_backend
-from effnet_fast.run_folder import CHECKPOINTS, RunError, RunFolder
+from effnet_fast.run_folder import RunError, RunFolder
+from effnet_fast.run_model import add_run_arguments
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,7 @@ def evaluate(
 
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m effnet_fast.evaluate", description=__doc__)
-    parser.add_argument("run", type=Path, help="folder that effnet_fast.train wrote")
-    parser.add_argument("--checkpoint", choices=CHECKPOINTS, default="best", help="default: best")
+    add_run_arguments(parser)
     parser.add_argument("--data-dir", help="where the images are now; default: where they were in training")
     parser.add_argument("--device", choices=devices(), help="default: the device of the training run")
     return parser

@@ -18,8 +18,8 @@ from effnet_fast.cli import ArgumentParser
 from effnet_fast.interop import to_timm, to_torchvision
 from effnet_fast.memory import keep_freed_memory
 from effnet_fast.passes.backend import use_backend
-from effnet_fast.run_folder import CHECKPOINTS, write_atomic
-from effnet_fast.run_model import RunModel
+from effnet_fast.run_folder import write_atomic
+from effnet_fast.run_model import RunModel, add_run_arguments
 
 # Between what a file computes and what the model does, relative to the largest logit.
 TOLERANCE = 1e-4
@@ -124,7 +124,7 @@ def export_weights(run: RunModel, output: Path, names: str) -> None:
 
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m effnet_fast.export", description=__doc__)
-    parser.add_argument("run", type=Path, help="folder that effnet_fast.train wrote")
+    add_run_arguments(parser)
     parser.add_argument(
         "--format",
         required=True,
@@ -138,7 +138,6 @@ def _parser() -> ArgumentParser:
         default="effnet_fast",
         help="of the weights; default: ours",
     )
-    parser.add_argument("--checkpoint", choices=CHECKPOINTS, default="best", help="default: best")
     parser.add_argument("--output", type=Path, help="file to write; default: model.onnx and so on in the run's folder")
     return parser
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from effnet_fast.cli import ArgumentParser
+from effnet_fast.cli import ArgumentParser, devices
 from effnet_fast.memory import keep_freed_memory
 from effnet_fast.run_model import Images, RunModel, add_run_arguments
 
@@ -25,6 +25,7 @@ def _parser() -> ArgumentParser:
         epilog="An image that can't be read gets one line on stderr; the others are classified, and the status is 1.",
     )
     add_run_arguments(parser)
+    parser.add_argument("--device", choices=devices(), default="cpu", help="default: cpu")
     parser.add_argument(
         "images", nargs="+", metavar="image", help="files, or folders of them; - reads names from stdin, one a line"
     )

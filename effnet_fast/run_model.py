@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from effnet_fast.augment import validation_images
-from effnet_fast.cli import ArgumentParser, devices
+from effnet_fast.cli import ArgumentParser
 from effnet_fast.data import IMAGE_EXTENSIONS, DataError, read_image
 from effnet_fast.model import EfficientNet
 from effnet_fast.run_folder import CHECKPOINTS, RunError, RunFolder
@@ -44,10 +44,9 @@ class RunModel(NamedTuple):
 
 
 def add_run_arguments(parser: ArgumentParser) -> None:
-    """RUN, --checkpoint and --device."""
+    """RUN and --checkpoint."""
     parser.add_argument("run", type=Path, help="folder that effnet_fast.train wrote")
     parser.add_argument("--checkpoint", choices=CHECKPOINTS, default="best", help="default: best")
-    parser.add_argument("--device", choices=devices(), default="cpu", help="default: cpu")
 
 
 class Images:

@@ -103,11 +103,12 @@ Tensor pool(const Tensor& y, const Tensor& scale, const Tensor& shift, bool silu
   return out;
 }
 
-// Visits every vector of a tensor, in parallel over blocks of pixels. f(image, c, lanes) loads what it needs of the
-// channels from c on and returns the body that is given element offsets. A block is short, so that its rows are read as
-// parallel streams, and long enough to share the loaded operands.
+// Pixels of a block of `for_each_vector`: few, so that its rows are read as parallel streams, but enough to share the loaded
+// operands.
 constexpr int64_t kBlock = 8;
 
+// Visits every vector of a tensor, in parallel over blocks of pixels. f(image, c, lanes) loads what it needs of the
+// channels from c on and returns the body that is given element offsets.
 template <class F>
 inline void for_each_vector(const Shape& s, const F& f) {
   const int64_t blocks = (s.pixels() + kBlock - 1) / kBlock;
