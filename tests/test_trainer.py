@@ -185,7 +185,7 @@ def test_profile_writes_a_trace(tmp_path: Path) -> None:
     assert finish(start(*options, log=tmp_path / "log")) == 0
     events = json.loads((tmp_path / "run" / "trace.json").read_text())["traceEvents"]
     names = {event["name"] for event in events if "name" in event}
-    assert "effnet_fast::mbconv" in names
+    assert "effnet_fast::backward_dwconv" in names
     assert len({name for name in names if name.startswith("ProfilerStep#")}) == 3
 
 

@@ -1,7 +1,5 @@
 """Activations as the passes take them, and what every op does about double backward."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -30,12 +28,3 @@ def as_activation(x: Tensor, name: str, **operands: Tensor | None) -> Tensor:
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
     return channels_last(x)
-
-
-def refuse_double_backward(backward_op: Any, name: str) -> None:
-    """Make an op's backward op raise RuntimeError when it is differentiated itself."""
-
-    def refuse(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(f"{name}: double backward is not supported; use_backend('eager') gives one")
-
-    backward_op.register_autograd(refuse)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from effnet_fast.ops.activations import as_activation, channels_last, refuse_double_backward
+from effnet_fast.ops.activations import as_activation, channels_last
+from effnet_fast.ops.fused_op import fused_op
 from effnet_fast.ops.normalization import BatchNorm, Norm, batch_norm_grad, batch_stats, values_per_channel
 from effnet_fast.passes.backend import passes_for, resolve
 
@@ -65,8 +66,7 @@ def branch_gate(branch_scale: Tensor | None, y: Tensor) -> Tensor | None:
     return None if branch_scale is None else branch_scale.float()[:, None].expand(y.shape[:2]).contiguous()
 
 
-@torch.library.custom_op("effnet_fast::bn_act", mutates_args=())
-def _bn_act(
+def _forward(
     y: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -81,14 +81,12 @@ def _bn_act(
     return passes.apply(y, stats[0], stats[1], silu, branch_gate(branch_scale, y), residual), stats
 
 
-@_bn_act.register_fake
-def _(y, weight, bias, eps, silu, residual, branch_scale, group):
+def _fake(y, weight, bias, eps, silu, residual, branch_scale, group):
     floats = torch.float64 if y.dtype == torch.float64 else torch.float32
     return torch.empty_like(y), y.new_empty(5, y.shape[1], dtype=floats)
 
 
-@torch.library.custom_op("effnet_fast::bn_act_backward", mutates_args=())
-def _bn_act_backward(
+def _backward(
     dout: Tensor, y: Tensor, stats: Tensor, silu: bool, branch_scale: Tensor | None, group: str
 ) -> tuple[Tensor, Tensor]:
     """Gradients of y, and of weight and bias [2, C]."""
@@ -102,8 +100,7 @@ def _bn_act_backward(
     return dy, grad.affine
 
 
-@_bn_act_backward.register_fake
-def _(dout, y, stats, silu, branch_scale, group):
+def _backward_fake(dout, y, stats, silu, branch_scale, group):
     return torch.empty_like(y), torch.empty_like(stats[:2])
 
 
@@ -111,17 +108,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     y, _, _, _, silu, residual, branch_scale, ctx.group = inputs
     ctx.save_for_backward(y, output[1], branch_scale)
     ctx.silu, ctx.has_residual = silu, residual is not None
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dout: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradients(run: Any, ctx: Any, dout: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if dout is None:
         return (None,) * 8
     y, stats, branch_scale = ctx.saved_tensors
-    dy, affine = _bn_act_backward(dout, y, stats, ctx.silu, branch_scale, ctx.group)
+    dy, affine = run(dout, y, stats, ctx.silu, branch_scale, ctx.group)
     return dy, *affine, None, None, dout if ctx.has_residual else None, None, None
 
 
-_bn_act.register_autograd(_backward, setup_context=_setup_context)
-refuse_double_backward(_bn_act_backward, "bn_act")
+_bn_act = fused_op("bn_act", _forward, _fake, _backward, _backward_fake, _setup_context, _gradients)

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from effnet_fast.ops.activations import as_activation, channels_last, refuse_double_backward
+from effnet_fast.ops.activations import as_activation, channels_last
 from effnet_fast.ops.bn_act import bn_act, bn_act_eager
+from effnet_fast.ops.fused_op import fused_op
 from effnet_fast.ops.memory_policy import Memory, check_memory
 from effnet_fast.ops.normalization import BatchNorm, Norm, batch_norm_grad, batch_stats, values_per_channel
 from effnet_fast.passes.backend import passes_for, resolve
@@ -88,8 +89,7 @@ def as_product(passes: Any, x: Tensor, weight: Tensor, stride: int, same: bool) 
     return passes.patches(x, kernel, stride, same), matrix
 
 
-@torch.library.custom_op("effnet_fast::conv_bn_act", mutates_args=())
-def _conv_bn_act(
+def _forward(
     x: Tensor,
     weight: Tensor,
     bn_weight: Tensor,
@@ -109,8 +109,7 @@ def _conv_bn_act(
     return out, x.new_empty(0) if memory == "min" else y, stats
 
 
-@_conv_bn_act.register_fake
-def _(x, weight, bn_weight, bn_bias, eps, stride, same, silu, group, memory):
+def _fake(x, weight, bn_weight, bn_bias, eps, stride, same, silu, group, memory):
     n, _, h, w = x.shape
     out_channels, _, kernel, _ = weight.shape
     h, w = (output_size(size, kernel, stride, same) for size in (h, w))
@@ -120,8 +119,7 @@ def _(x, weight, bn_weight, bn_bias, eps, stride, same, silu, group, memory):
     return out, y, x.new_empty(5, out_channels, dtype=floats)
 
 
-@torch.library.custom_op("effnet_fast::conv_bn_act_backward", mutates_args=())
-def _conv_bn_act_backward(
+def _backward(
     dout: Tensor,
     x: Tensor,
     y: Tensor,
@@ -160,8 +158,7 @@ def _weight_grad(dmatrix: Tensor, weight: Tensor) -> Tensor:
     return dweight.permute(0, 3, 1, 2).to(weight.dtype, memory_format=torch.contiguous_format)
 
 
-@_conv_bn_act_backward.register_fake
-def _(dout, x, y, stats, weight, stride, same, silu, group, input_grad):
+def _backward_fake(dout, x, y, stats, weight, stride, same, silu, group, input_grad):
     dx = torch.empty_like(x) if input_grad else x.new_empty(0)
     return dx, torch.empty_like(weight, memory_format=torch.contiguous_format), torch.empty_like(stats[:2])
 
@@ -170,17 +167,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     x, weight, _, _, _, *options, _ = inputs
     ctx.save_for_backward(x, *output[1:], weight)
     ctx.options = options
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dout: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradients(run: Any, ctx: Any, dout: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if dout is None:
         return (None,) * 10
     input_grad = ctx.needs_input_grad[0]
-    dx, dweight, affine = _conv_bn_act_backward(dout, *ctx.saved_tensors, *ctx.options, input_grad)
+    dx, dweight, affine = run(dout, *ctx.saved_tensors, *ctx.options, input_grad)
     return dx if input_grad else None, dweight, *affine, *(None,) * 6
 
 
-_conv_bn_act.register_autograd(_backward, setup_context=_setup_context)
-refuse_double_backward(_conv_bn_act_backward, "conv_bn_act")
+_conv_bn_act = fused_op("conv_bn_act", _forward, _fake, _backward, _backward_fake, _setup_context, _gradients)

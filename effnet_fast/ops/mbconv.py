@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from effnet_fast.ops import section as sections
-from effnet_fast.ops.activations import as_activation, channels_last, refuse_double_backward
+from effnet_fast.ops.activations import as_activation, channels_last
 from effnet_fast.ops.bn_act import branch_gate
+from effnet_fast.ops.fused_op import fused_op
 from effnet_fast.ops.memory_policy import Memory, check_memory
 from effnet_fast.ops.normalization import BatchNorm, Norm, batch_norm_grad, batch_stats, values_per_channel
 from effnet_fast.ops.squeeze_excite import SqueezeExcite
@@ -154,8 +155,7 @@ def _inference(
     return passes.apply(p, *bn3.running()[:2], False, branch_gate(branch_scale, p), x if residual else None)
 
 
-@torch.library.custom_op("effnet_fast::mbconv", mutates_args=())
-def _mbconv(
+def _forward(
     x: Tensor,
     w_expand: Tensor | None,
     bn1_weight: Tensor | None,
@@ -197,8 +197,7 @@ def _mbconv(
     return out, e, y, p, kept.stats1, kept.stats2, stats3, kept.squeeze
 
 
-@_mbconv.register_fake
-def _(
+def _fake(
     x, w_expand, bn1_weight, bn1_bias, bn1_eps, w_depthwise, bn2_weight, bn2_bias, bn2_eps, w_se_reduce, b_se_reduce,
     w_se_expand, b_se_expand, w_project, bn3_weight, bn3_bias, bn3_eps, branch_scale, stride, same, residual, memory,
     group,
@@ -213,8 +212,7 @@ def _(
     return out, e, y, p, stats1, stats2, stats3, squeeze
 
 
-@torch.library.custom_op("effnet_fast::mbconv_backward", mutates_args=())
-def _mbconv_backward(
+def _backward(
     dout: Tensor,
     x: Tensor,
     e: Tensor,
@@ -289,8 +287,7 @@ def _recompute(
     return e, y, p
 
 
-@_mbconv_backward.register_fake
-def _(
+def _backward_fake(
     dout, x, e, y, p, stats1, stats2, stats3, squeeze, w_expand, w_depthwise, w_se_reduce, b_se_reduce, w_se_expand,
     b_se_expand, w_project, branch_scale, stride, same, residual, group,
 ):  # fmt: skip
@@ -307,14 +304,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ) = inputs  # fmt: skip
     ctx.save_for_backward(x, *output[1:], w_expand, w_depthwise, *se, w_project, branch_scale)
     ctx.options = stride, same, residual, group
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dout: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradients(run: Any, ctx: Any, dout: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if dout is None:
         return (None,) * 23
-    grads = _mbconv_backward(dout, *ctx.saved_tensors, *ctx.options)
+    grads = run(dout, *ctx.saved_tensors, *ctx.options)
     dx, dbn3, dbn2, dw_project, dw_depthwise, *dse = grads[:9]
     dw_expand, dbn1 = grads[9:] or (None, (None, None))
     return (
@@ -323,8 +318,7 @@ def _backward(ctx: Any, dout: Tensor, *_: Tensor | None) -> tuple[Tensor | None,
     )  # fmt: skip
 
 
-_mbconv.register_autograd(_backward, setup_context=_setup_context)
-refuse_double_backward(_mbconv_backward, "mbconv")
+_mbconv = fused_op("mbconv", _forward, _fake, _backward, _backward_fake, _setup_context, _gradients)
 
 
 def _check(

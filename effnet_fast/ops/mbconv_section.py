@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from effnet_fast.ops import section as sections
-from effnet_fast.ops.activations import as_activation, channels_last, refuse_double_backward
+from effnet_fast.ops.activations import as_activation, channels_last
+from effnet_fast.ops.fused_op import fused_op
 from effnet_fast.ops.normalization import BatchNorm, Norm, batch_stats, values_per_channel
 from effnet_fast.ops.squeeze_excite import SqueezeExcite, gated
 from effnet_fast.passes.backend import passes_for, resolve
@@ -124,8 +125,7 @@ def _squeeze_excite(*weights: Tensor | None) -> SqueezeExcite | None:
     return None if weights[0] is None else SqueezeExcite(*weights)
 
 
-@torch.library.custom_op("effnet_fast::mbconv_section", mutates_args=())
-def _section(
+def _forward(
     e: Tensor,
     bn1_weight: Tensor | None,
     bn1_bias: Tensor | None,
@@ -151,8 +151,7 @@ def _section(
     return passes.apply(kept.y, kept.stats2[0], kept.stats2[1], True, kept.gate, None), *kept
 
 
-@_section.register_fake
-def _(
+def _fake(
     e, bn1_weight, bn1_bias, bn1_eps, weight, bn2_weight, bn2_bias, bn2_eps, w_reduce, b_reduce, w_expand, b_expand,
     stride, same,
 ):  # fmt: skip
@@ -160,8 +159,7 @@ def _(
     return o, torch.empty_like(o), *sections.fake_stats(e, bn1_weight is not None, w_reduce is not None)
 
 
-@torch.library.custom_op("effnet_fast::mbconv_section_backward", mutates_args=())
-def _section_backward(
+def _backward(
     do: Tensor,
     e: Tensor,
     y: Tensor,
@@ -189,8 +187,7 @@ def _section_backward(
     return [de, grad.bn2.affine, grad.weight, grad.bn1.affine, *(grad.se or ())]
 
 
-@_section_backward.register_fake
-def _(do, e, y, stats1, stats2, squeeze, weight, w_reduce, b_reduce, w_expand, b_expand, stride, same):
+def _backward_fake(do, e, y, stats1, stats2, squeeze, weight, w_reduce, b_reduce, w_expand, b_expand, stride, same):
     like = [e, stats2[:2], weight]
     like += [stats1[:2]] if stats1.numel() else []
     like += [] if w_reduce is None else [w_reduce, b_reduce, w_expand, b_expand]
@@ -202,18 +199,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(e, *output[1:], weight, *se)
     ctx.options = stride, same
     ctx.has_bn1, ctx.has_se = bn1_weight is not None, se[0] is not None
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, do: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradients(run: Any, ctx: Any, do: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if do is None:
         return (None,) * 14
-    de, dbn2, dweight, *rest = _section_backward(do, *ctx.saved_tensors, *ctx.options)
+    de, dbn2, dweight, *rest = run(do, *ctx.saved_tensors, *ctx.options)
     dbn1 = rest.pop(0) if ctx.has_bn1 else (None, None)
     dse = rest if ctx.has_se else (None,) * 4
     return de, *dbn1, None, dweight, *dbn2, None, *dse, None, None
 
 
-_section.register_autograd(_backward, setup_context=_setup_context)
-refuse_double_backward(_section_backward, "mbconv_section")
+_section = fused_op("mbconv_section", _forward, _fake, _backward, _backward_fake, _setup_context, _gradients)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from effnet_fast.ops.activations import as_activation, channels_last, refuse_double_backward
+from effnet_fast.ops.activations import as_activation, channels_last
+from effnet_fast.ops.fused_op import fused_op
 from effnet_fast.passes.backend import passes_for, resolve
 from effnet_fast.passes.products import identity
 
@@ -72,8 +73,7 @@ def gated(passes: Any, x: Tensor, gate: Tensor) -> Tensor:
     return passes.apply(x, *identity(x), False, gate, None)
 
 
-@torch.library.custom_op("effnet_fast::squeeze_excite", mutates_args=())
-def _squeeze_excite(
+def _forward(
     x: Tensor, w_reduce: Tensor, b_reduce: Tensor, w_expand: Tensor, b_expand: Tensor
 ) -> tuple[Tensor, Tensor]:
     passes = passes_for(x)
@@ -81,14 +81,12 @@ def _squeeze_excite(
     return gated(passes, x, SqueezeExcite(w_reduce, b_reduce, w_expand, b_expand).gate(pooled)), pooled
 
 
-@_squeeze_excite.register_fake
-def _(x, w_reduce, b_reduce, w_expand, b_expand):
+def _fake(x, w_reduce, b_reduce, w_expand, b_expand):
     floats = torch.float64 if x.dtype == torch.float64 else torch.float32
     return torch.empty_like(x), x.new_empty(x.shape[:2], dtype=floats)
 
 
-@torch.library.custom_op("effnet_fast::squeeze_excite_backward", mutates_args=())
-def _squeeze_excite_backward(
+def _backward(
     dout: Tensor, x: Tensor, pooled: Tensor, w_reduce: Tensor, b_reduce: Tensor, w_expand: Tensor, b_expand: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     passes = passes_for(x)
@@ -102,23 +100,19 @@ def _squeeze_excite_backward(
     return dx, *dse
 
 
-@_squeeze_excite_backward.register_fake
-def _(dout, x, pooled, w_reduce, b_reduce, w_expand, b_expand):
+def _backward_fake(dout, x, pooled, w_reduce, b_reduce, w_expand, b_expand):
     return tuple(torch.empty_like(t) for t in (x, w_reduce, b_reduce, w_expand, b_expand))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
     x, *weights = inputs
     ctx.save_for_backward(x, output[1], *weights)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dout: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradients(run: Any, ctx: Any, dout: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if dout is None:
         return (None,) * 5
-    return tuple(_squeeze_excite_backward(dout, *ctx.saved_tensors))
+    return tuple(run(dout, *ctx.saved_tensors))
 
 
-_squeeze_excite.register_autograd(_backward, setup_context=_setup_context)
-refuse_double_backward(_squeeze_excite_backward, "squeeze_excite")
+_squeeze_excite = fused_op("squeeze_excite", _forward, _fake, _backward, _backward_fake, _setup_context, _gradients)
