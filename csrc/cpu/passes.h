@@ -7,7 +7,9 @@
 
 #include "depthwise_backward.h"
 #include "elementwise.h"
+#include "normalization.h"
 #include "pointwise.h"
+#include "squeeze.h"
 
 STABLE_TORCH_LIBRARY_IMPL(effnet_fast, CPU, m) {
   m.impl("channel_stats", TORCH_BOX(&effnet_fast::channel_stats));
@@ -22,6 +24,10 @@ STABLE_TORCH_LIBRARY_IMPL(effnet_fast, CPU, m) {
   m.impl("pointwise_stats", TORCH_BOX(&effnet_fast::pointwise_stats));
   m.impl("pointwise_affine", TORCH_BOX(&effnet_fast::pointwise_affine));
   m.impl("backward_pointwise", TORCH_BOX(&effnet_fast::backward_pointwise));
+  m.impl("batch_norm_stats", TORCH_BOX(&effnet_fast::batch_norm_stats));
+  m.impl("batch_norm_grad", TORCH_BOX(&effnet_fast::batch_norm_grad));
+  m.impl("squeeze_gate", TORCH_BOX(&effnet_fast::squeeze_gate));
+  m.impl("squeeze_gate_grad", TORCH_BOX(&effnet_fast::squeeze_gate_grad));
 }
 
 // Importing the module registers the passes; it has nothing else to offer.

@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from effnet_fast.ops.activations import as_activation, channels_last
 from effnet_fast.ops.fused_op import fused_op
-from effnet_fast.ops.normalization import BatchNorm, Norm, batch_norm_grad, batch_stats, values_per_channel
+from effnet_fast.ops.normalization import BatchNorm, batch_norm_grad, batch_stats, values_per_channel
+from effnet_fast.passes.algebra import Norm
 from effnet_fast.passes.backend import passes_for, resolve
 
 
@@ -77,7 +78,7 @@ def _forward(
     group: str,
 ) -> tuple[Tensor, Tensor]:
     passes = passes_for(y)
-    stats = batch_stats(passes.channel_stats(y), weight, bias, eps, values_per_channel(y), group)
+    stats = batch_stats(passes, passes.channel_stats(y), weight, bias, eps, values_per_channel(y), group)
     return passes.apply(y, stats[0], stats[1], silu, branch_gate(branch_scale, y), residual), stats
 
 
@@ -94,8 +95,7 @@ def _backward(
     dout = channels_last(dout)
     norm, gate = Norm.of(stats), branch_gate(branch_scale, y)
     sums = passes.backward_sums(dout, y, *norm, silu)
-    sums = sums[[1, 3]] if silu else sums
-    grad = batch_norm_grad(norm, (sums if gate is None else sums * gate).sum(1), values_per_channel(y), group)
+    grad = batch_norm_grad(passes, stats, sums, gate, None, values_per_channel(y), group)
     dy = passes.backward_apply(dout, y, *norm[:3], silu, gate, None, grad.a, grad.b)
     return dy, grad.affine
 

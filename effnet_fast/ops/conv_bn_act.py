@@ -10,7 +10,8 @@ from effnet_fast.ops.activations import as_activation, channels_last
 from effnet_fast.ops.bn_act import bn_act, bn_act_eager
 from effnet_fast.ops.fused_op import fused_op
 from effnet_fast.ops.memory_policy import Memory, check_memory
-from effnet_fast.ops.normalization import BatchNorm, Norm, batch_norm_grad, batch_stats, values_per_channel
+from effnet_fast.ops.normalization import BatchNorm, batch_norm_grad, batch_stats, values_per_channel
+from effnet_fast.passes.algebra import Norm
 from effnet_fast.passes.backend import passes_for, resolve
 from effnet_fast.passes.products import patches_grad, window_padding
 from effnet_fast.passes.schema import output_size
@@ -104,7 +105,7 @@ def _forward(
     """out, y (empty if not kept), stats."""
     passes = passes_for(x.new_empty(0, weight.shape[0], 1, 1))
     y, *moments = passes.pointwise_stats(*as_product(passes, x, weight, stride, same), None, None, None)
-    stats = batch_stats(moments, bn_weight, bn_bias, eps, values_per_channel(y), group)
+    stats = batch_stats(passes, moments, bn_weight, bn_bias, eps, values_per_channel(y), group)
     out = passes.apply(y, stats[0], stats[1], silu, None, None)
     return out, x.new_empty(0) if memory == "min" else y, stats
 
@@ -138,7 +139,7 @@ def _backward(
     if not y.numel():
         y, _, _ = passes.pointwise_stats(source, matrix, None, None, None)
     sums = passes.backward_sums(dout, y, *norm, silu)
-    grad = batch_norm_grad(norm, (sums[[1, 3]] if silu else sums).sum(1), values_per_channel(y), group)
+    grad = batch_norm_grad(passes, stats, sums, None, None, values_per_channel(y), group)
     dx, dmatrix, _ = passes.backward_pointwise(
         dout, y, source, matrix, *norm[:3], silu, None, grad.a, grad.b, *(None,) * 6, input_grad
     )

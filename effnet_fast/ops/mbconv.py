@@ -10,8 +10,9 @@ from effnet_fast.ops.activations import as_activation, channels_last
 from effnet_fast.ops.bn_act import branch_gate
 from effnet_fast.ops.fused_op import fused_op
 from effnet_fast.ops.memory_policy import Memory, check_memory
-from effnet_fast.ops.normalization import BatchNorm, Norm, batch_norm_grad, batch_stats, values_per_channel
+from effnet_fast.ops.normalization import BatchNorm, batch_norm_grad, batch_stats, values_per_channel
 from effnet_fast.ops.squeeze_excite import SqueezeExcite
+from effnet_fast.passes.algebra import Norm
 from effnet_fast.passes.backend import passes_for, resolve
 from effnet_fast.passes.products import identity
 from effnet_fast.passes.reference import dwconv
@@ -148,7 +149,7 @@ def _inference(
     if w_expand is not None and bn1 is not None:
         expanded = passes.pointwise_affine(x, w_expand, None, *bn1.running()[:2], True, None)
     z, pooled = passes.dwconv_affine(expanded, w_depthwise, None, None, *bn2.running()[:2], stride, same)
-    gate = se.gate(pooled / (z.shape[2] * z.shape[3]))
+    gate = passes.squeeze_gate(pooled, z.shape[2] * z.shape[3], *se)[1]
     if branch_scale is None:
         return passes.pointwise_affine(z, w_project, gate, *bn3.running()[:2], False, x if residual else None)
     p, _, _ = passes.pointwise_stats(z, w_project, None, None, gate)
@@ -185,11 +186,11 @@ def _forward(
     e, stats1 = x, None
     if w_expand is not None and bn1_weight is not None and bn1_bias is not None:
         e, *moments = passes.pointwise_stats(x, w_expand, None, None, None)
-        stats1 = batch_stats(moments, bn1_weight, bn1_bias, bn1_eps, values_per_channel(e), group)
+        stats1 = batch_stats(passes, moments, bn1_weight, bn1_bias, bn1_eps, values_per_channel(e), group)
     se = SqueezeExcite(w_se_reduce, b_se_reduce, w_se_expand, b_se_expand)
     kept = sections.forward(passes, e, stats1, w_depthwise, (bn2_weight, bn2_bias, bn2_eps), se, stride, same, group)
     p, *moments = passes.pointwise_stats(kept.y, w_project, kept.stats2[0], kept.stats2[1], kept.gate)
-    stats3 = batch_stats(moments, bn3_weight, bn3_bias, bn3_eps, values_per_channel(p), group)
+    stats3 = batch_stats(passes, moments, bn3_weight, bn3_bias, bn3_eps, values_per_channel(p), group)
     gate = branch_gate(branch_scale, p)
     out = passes.apply(p, stats3[0], stats3[1], False, gate, x if residual else None)
     e = x.new_empty(0) if w_expand is None else e
@@ -243,7 +244,7 @@ def _backward(
     kept = sections.Kept(y, stats1, stats2, squeeze)
     gate = branch_gate(branch_scale, p)
     sums = passes.backward_sums(dout, p, *norm3, False)
-    dbn3 = batch_norm_grad(norm3, (sums if gate is None else sums * gate).sum(1), values_per_channel(p), group)
+    dbn3 = batch_norm_grad(passes, stats3, sums, gate, None, values_per_channel(p), group)
     do, dw_project, sums2 = passes.backward_pointwise(
         dout, p, y, w_project, *norm3[:3], False, gate, dbn3.a, dbn3.b, *norm2, kept.gate, None, True
     )

@@ -43,7 +43,7 @@ def mbconv_section(
         return _training(e, bn1, weight, bn2, se, stride, same)
     passes = passes_for(e, weight.shape[-1], stride)
     z, pooled = passes.dwconv_affine(e, weight, *bn1.running()[:2], *bn2.running()[:2], stride, same)
-    return gated(passes, z, se.gate(pooled / (z.shape[2] * z.shape[3])))
+    return gated(passes, z, passes.squeeze_gate(pooled, z.shape[2] * z.shape[3], *se)[1])
 
 
 def mbconv_section_eager(
@@ -145,7 +145,7 @@ def _forward(
     passes = passes_for(e, weight.shape[-1], stride)
     stats1 = None
     if bn1_weight is not None and bn1_bias is not None:
-        stats1 = batch_stats(passes.channel_stats(e), bn1_weight, bn1_bias, bn1_eps, values_per_channel(e))
+        stats1 = batch_stats(passes, passes.channel_stats(e), bn1_weight, bn1_bias, bn1_eps, values_per_channel(e))
     se = _squeeze_excite(w_reduce, b_reduce, w_expand, b_expand)
     kept = sections.forward(passes, e, stats1, weight, (bn2_weight, bn2_bias, bn2_eps), se, stride, same)
     return passes.apply(kept.y, kept.stats2[0], kept.stats2[1], True, kept.gate, None), *kept

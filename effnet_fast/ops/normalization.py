@@ -1,6 +1,6 @@
 """BatchNorm between the passes, on [C] tensors: statistics to scale and shift, sums to gradients."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +8,8 @@ from torch import distributed as dist
 from torch.distributed.distributed_c10d import GroupName, ProcessGroup, _resolve_process_group
 from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional as F
+
+from effnet_fast.passes.algebra import Norm, mean_terms, sums_of_du
 
 
 class BatchNorm(NamedTuple):
@@ -85,45 +87,22 @@ class BatchNorm(NamedTuple):
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
             self.running_var.lerp_(unbiased_var.to(self.running_var.dtype), self.momentum)
 
-    def running(self) -> "Norm":
+    def running(self) -> Norm:
         """The norm that the running statistics make, in float32 at least."""
         floats = torch.promote_types(self.running_mean.dtype, torch.float32)
         return Norm.make(self.running_mean.to(floats), self.running_var.to(floats), self.weight, self.bias, self.eps)
 
 
-class Norm(NamedTuple):
-    """A BatchNorm whose statistics are known: u = y * scale + shift, hat = (y - mean) * rstd. All [C]."""
-
-    scale: Tensor
-    shift: Tensor
-    mean: Tensor
-    rstd: Tensor
-
-    @classmethod
-    def make(cls, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float) -> "Norm":
-        """From statistics (var is biased) and affine parameters, in the statistics' dtype."""
-        rstd = (var + eps).rsqrt()
-        scale = weight.to(rstd.dtype) * rstd
-        return cls(scale, bias.to(rstd.dtype) - mean * scale, mean, rstd)
-
-    @classmethod
-    def of(cls, stats: Tensor) -> "Norm":
-        """The first four rows of `batch_stats`."""
-        return cls(*stats[:4].unbind())
-
-
 def batch_stats(
-    moments: tuple[Tensor, Tensor], weight: Tensor, bias: Tensor, eps: float, count: int, group: str = ""
+    passes: Any, moments: tuple[Tensor, Tensor], weight: Tensor, bias: Tensor, eps: float, count: int, group: str = ""
 ) -> Tensor:
     """A training BatchNorm over `count` values a channel, from a pass's mean and m2; over all of a group's.
 
     Returns [5, C]: scale, shift, mean, rstd (the fields of `Norm`), and the unbiased variance.
     """
-    mean, m2 = moments
-    if group:
-        mean, var, unbiased = _over_group(mean, m2, count, group)
-    else:
-        var, unbiased = m2 / max(count, 1), m2 / max(count - 1, 1)
+    if not group:
+        return passes.batch_norm_stats(*moments, weight, bias, eps, count)
+    mean, var, unbiased = _over_group(*moments, count, group)
     return torch.stack([*Norm.make(mean, var, weight, bias, eps), unbiased])
 
 
@@ -148,19 +127,27 @@ class NormGrad(NamedTuple):
     b: Tensor
 
 
-def batch_norm_grad(norm: Norm, sums: Tensor, count: int, group: str = "") -> NormGrad:
-    """Backward of a training BatchNorm over `count` values a channel, from sums [2, C] of du and du * hat.
+def batch_norm_grad(
+    passes: Any,
+    stats: Tensor,
+    sums: Tensor,
+    gate: Tensor | None,
+    pooled_grad: Tensor | None,
+    count: int,
+    group: str = "",
+) -> NormGrad:
+    """Backward of a training BatchNorm over `count` values a channel, from the sums of `backward_sums`.
 
     Over a group, a and b are of all processes' sums; the gradients of weight and bias are the own ones, as of any
     parameter.
     """
-    if group:
-        totals = torch.cat([sums.flatten(), sums.new_tensor([count])])
-        dist.all_reduce(totals, group=_processes(group))
-        mean_du, mean_du_hat = totals[:-1].view_as(sums) / totals[-1]
-    else:
-        mean_du, mean_du_hat = sums / count
-    return NormGrad(sums.flip(0), -norm.scale * mean_du, -norm.scale * norm.rstd * mean_du_hat)
+    if not group:
+        grads = passes.batch_norm_grad(stats, sums, gate, pooled_grad, count)
+        return NormGrad(grads[:2], grads[2], grads[3])
+    own = sums_of_du(sums, gate, pooled_grad)
+    totals = torch.cat([own.flatten(), own.new_tensor([count])])
+    dist.all_reduce(totals, group=_processes(group))
+    return NormGrad(own.flip(0), *mean_terms(stats, totals[:-1].view_as(own) / totals[-1]))
 
 
 def _group_name(module: nn.Module) -> str:

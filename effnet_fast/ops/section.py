@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from effnet_fast.ops.normalization import Norm, NormGrad, batch_norm_grad, batch_stats, values_per_channel
+from effnet_fast.ops.normalization import NormGrad, batch_norm_grad, batch_stats, values_per_channel
 from effnet_fast.ops.squeeze_excite import SqueezeExcite
+from effnet_fast.passes.algebra import Norm
 
 
 class Kept(NamedTuple):
@@ -66,10 +67,9 @@ def forward(
     else:
         scale, shift = stats1[:2].unbind()
     y, mean, m2 = passes.dwconv_stats(e, weight, scale, shift, stride, same)
-    stats2 = batch_stats((mean, m2), *bn2, values_per_channel(y), group)
+    stats2 = batch_stats(passes, (mean, m2), *bn2, values_per_channel(y), group)
     if se is not None:
-        pooled = passes.pool(y, stats2[0], stats2[1], True) / (y.shape[2] * y.shape[3])
-        squeeze = torch.stack([pooled, se.gate(pooled)])
+        squeeze = passes.squeeze_gate(passes.pool(y, stats2[0], stats2[1], True), y.shape[2] * y.shape[3], *se)
     return Kept(y, stats1, stats2, squeeze)
 
 
@@ -87,15 +87,11 @@ def backward(
 ) -> SectionGrad:
     """Gradients of everything, from the five sums over (do, y) and one sweep over (do, y, e)."""
     y, norm1, norm2, gate = kept.y, kept.norm1, Norm.of(kept.stats2), kept.gate
-    do_d, d = sums[1::2], sums[2::2]  # sums with do, and the same without it: of the slope, of slope * hat
     dse = pooled_grad = None
-    if se is None:
-        sums2 = do_d.sum(1)
-    else:
-        dpooled, dse = se.gate_grad(kept.squeeze[0], sums[0])
-        pooled_grad = dpooled / (y.shape[2] * y.shape[3])
-        sums2 = (gate * do_d + pooled_grad * d).sum(1)
-    dbn2 = batch_norm_grad(norm2, sums2, values_per_channel(y), group)
+    if se is not None:
+        pooled_grad, *dweights = passes.squeeze_gate_grad(kept.squeeze, sums[0], y.shape[2] * y.shape[3], *se)
+        dse = SqueezeExcite(*(d.to(w.dtype) for d, w in zip(dweights, se, strict=True)))
+    dbn2 = batch_norm_grad(passes, kept.stats2, sums, gate, pooled_grad, values_per_channel(y), group)
     g, dweight, sums1 = passes.backward_dwconv(
         do,
         y,
@@ -112,7 +108,9 @@ def backward(
         stride,
         same,
     )
-    dbn1 = None if norm1 is None else batch_norm_grad(norm1, sums1, values_per_channel(e), group)
+    dbn1 = None
+    if norm1 is not None:
+        dbn1 = batch_norm_grad(passes, kept.stats1, sums1[:, None], None, None, values_per_channel(e), group)
     return SectionGrad(g, dbn1, dweight.to(weight.dtype), dbn2, dse)
 
 

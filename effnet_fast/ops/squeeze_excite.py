@@ -25,28 +25,6 @@ class SqueezeExcite(NamedTuple):
         hidden = F.silu(F.conv2d(z.mean((2, 3), keepdim=True), self.w_reduce, self.b_reduce))
         return z * F.conv2d(hidden, self.w_expand, self.b_expand).sigmoid()
 
-    def gate(self, pooled: Tensor) -> Tensor:
-        """The gate [N, C] of the channels' means [N, C], in the means' dtype."""
-        return self._mlp(pooled)[-1]
-
-    def gate_grad(self, pooled: Tensor, dgate: Tensor) -> tuple[Tensor, "SqueezeExcite"]:
-        """Gradients of the means and of the weights. The MLP is tiny next to a pass, so it is simply run again."""
-        reduced, hidden, gate = self._mlp(pooled)
-        w_reduce, w_expand = self.w_reduce.flatten(1).to(pooled.dtype), self.w_expand.flatten(1).to(pooled.dtype)
-        dexpanded = dgate * gate * (1 - gate)
-        sig = reduced.sigmoid()
-        dreduced = dexpanded @ w_expand * (sig + hidden * (1 - sig))
-        grads = (dreduced.T @ pooled, dreduced.sum(0), dexpanded.T @ hidden, dexpanded.sum(0))
-        shaped = (g.view(p.shape).to(p.dtype) for g, p in zip(grads, self, strict=True))
-        return dreduced @ w_reduce, SqueezeExcite(*shaped)
-
-    def _mlp(self, pooled: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        w_reduce, b_reduce, w_expand, b_expand = (p.to(pooled.dtype) for p in self)
-        with torch.autocast(pooled.device.type, enabled=False):  # the passes take float32 gates
-            reduced = F.linear(pooled, w_reduce.flatten(1), b_reduce)
-            hidden = F.silu(reduced)
-            return reduced, hidden, F.linear(hidden, w_expand.flatten(1), b_expand).sigmoid()
-
 
 def squeeze_excite(x: Tensor, w_reduce: Tensor, b_reduce: Tensor, w_expand: Tensor, b_expand: Tensor) -> Tensor:
     """x times its gate: [N, C, H, W] of float32, bfloat16 or float16, channels_last. Only x is kept for backward.
@@ -76,31 +54,32 @@ def gated(passes: Any, x: Tensor, gate: Tensor) -> Tensor:
 def _forward(
     x: Tensor, w_reduce: Tensor, b_reduce: Tensor, w_expand: Tensor, b_expand: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """x times its gate, and the means and the gate [2, N, C]."""
     passes = passes_for(x)
-    pooled = passes.pool(x, *identity(x), False) / (x.shape[2] * x.shape[3])
-    return gated(passes, x, SqueezeExcite(w_reduce, b_reduce, w_expand, b_expand).gate(pooled)), pooled
+    sums = passes.pool(x, *identity(x), False)
+    squeeze = passes.squeeze_gate(sums, x.shape[2] * x.shape[3], w_reduce, b_reduce, w_expand, b_expand)
+    return gated(passes, x, squeeze[1]), squeeze
 
 
 def _fake(x, w_reduce, b_reduce, w_expand, b_expand):
     floats = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return torch.empty_like(x), x.new_empty(x.shape[:2], dtype=floats)
+    return torch.empty_like(x), x.new_empty((2, *x.shape[:2]), dtype=floats)
 
 
 def _backward(
-    dout: Tensor, x: Tensor, pooled: Tensor, w_reduce: Tensor, b_reduce: Tensor, w_expand: Tensor, b_expand: Tensor
+    dout: Tensor, x: Tensor, squeeze: Tensor, w_reduce: Tensor, b_reduce: Tensor, w_expand: Tensor, b_expand: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     passes = passes_for(x)
     dout = channels_last(dout)
-    se = SqueezeExcite(w_reduce, b_reduce, w_expand, b_expand)
+    weights = (w_reduce, b_reduce, w_expand, b_expand)
     ones, zeros = identity(x)
     dgate = passes.backward_sums(dout, x, ones, zeros, zeros, ones, False)[1]
-    dpooled, dse = se.gate_grad(pooled, dgate)
-    pooled_grad = dpooled / (x.shape[2] * x.shape[3])
-    dx = passes.backward_apply(dout, x, ones, zeros, zeros, False, se.gate(pooled), pooled_grad, zeros, zeros)
-    return dx, *dse
+    pooled_grad, *dweights = passes.squeeze_gate_grad(squeeze, dgate, x.shape[2] * x.shape[3], *weights)
+    dx = passes.backward_apply(dout, x, ones, zeros, zeros, False, squeeze[1], pooled_grad, zeros, zeros)
+    return dx, *(d.to(w.dtype) for d, w in zip(dweights, weights, strict=True))
 
 
-def _backward_fake(dout, x, pooled, w_reduce, b_reduce, w_expand, b_expand):
+def _backward_fake(dout, x, squeeze, w_reduce, b_reduce, w_expand, b_expand):
     return tuple(torch.empty_like(t) for t in (x, w_reduce, b_reduce, w_expand, b_expand))
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from effnet_fast import _host
-from effnet_fast.passes import products, reference, schema
+from effnet_fast.passes import algebra, products, reference, schema
 
 BACKENDS = ("auto", "eager", "cpu", "cuda", "triton")
 
@@ -55,9 +55,10 @@ def cpu_isa() -> str:
 
 
 def with_products(passes: Any) -> SimpleNamespace:
-    """A backend's passes, and the products composed of them."""
+    """A backend's passes, the products composed of them, and the algebra between them."""
     own = {name: getattr(passes, name) for name in schema.PASSES}
-    return SimpleNamespace(**own, **{name: partial(getattr(products, name), passes) for name in schema.PRODUCTS})
+    composed = {name: partial(getattr(products, name), passes) for name in schema.PRODUCTS}
+    return SimpleNamespace(**own, **composed, **{name: getattr(algebra, name) for name in schema.ALGEBRA})
 
 
 def _dispatched(names: tuple[str, ...]) -> SimpleNamespace:
@@ -67,7 +68,7 @@ def _dispatched(names: tuple[str, ...]) -> SimpleNamespace:
 
 # By backend; `why_unavailable` adds Triton's. Not a dict: a compiler takes all of it at once, perhaps before that.
 _PASSES = SimpleNamespace(
-    cpu=_dispatched(schema.PASSES + schema.PRODUCTS),
+    cpu=_dispatched(schema.PASSES + schema.PRODUCTS + schema.ALGEBRA),
     cuda=with_products(_dispatched(schema.PASSES)),
     reference=with_products(reference),
 )

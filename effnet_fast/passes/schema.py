@@ -28,6 +28,15 @@ backward_pointwise  gradients of the convolution's input (plus residual) and wei
                     [0, N, 0]. The gradient of the convolution's output is `backward_apply`, formed on load, or `grad`
                     itself where scale is None. Without input_grad, the input's gradient is of no images.
 
+Between the passes, on [C] and [N, C], which a backend may leave to `algebra`:
+
+batch_norm_stats    [5, C]: scale, shift, mean, rstd and the unbiased variance of a BatchNorm over `count` values a
+                    channel, from their mean and m2
+batch_norm_grad     [4, C]: gradients of its weight and bias, and a and b of `backward_apply`, from its statistics and
+                    `backward_sums`; gate and pooled_grad as in `backward_apply`
+squeeze_gate        [2, N, C]: the means that `pool` summed, and squeeze-excite's gate, a two-layer MLP of them
+squeeze_gate_grad   from the gate's gradient: `pooled_grad` of `backward_apply`, and the gradients of the MLP's weights
+
 Windows have a stride of 1 or 2 and a square kernel of 3, 5 or 7, padded by k // 2 on every side, or as
 TensorFlow's SAME pads if `same`: ceil(size / stride) outputs, the odd pixel at the end.
 """
@@ -64,10 +73,20 @@ _PRODUCT_SCHEMAS = (
     " Tensor? in_rstd, Tensor? in_gate, Tensor? residual, bool input_grad) -> (Tensor dx, Tensor dweight, Tensor sums)",
 )
 
+_ALGEBRA_SCHEMAS = (
+    "batch_norm_stats(Tensor mean, Tensor m2, Tensor weight, Tensor bias, float eps, int count) -> Tensor",
+    "batch_norm_grad(Tensor stats, Tensor sums, Tensor? gate, Tensor? pooled_grad, int count) -> Tensor",
+    "squeeze_gate(Tensor sums, int pixels, Tensor w_reduce, Tensor b_reduce, Tensor w_expand, Tensor b_expand)"
+    " -> Tensor",
+    "squeeze_gate_grad(Tensor squeeze, Tensor dgate, int pixels, Tensor w_reduce, Tensor b_reduce, Tensor w_expand,"
+    " Tensor b_expand) -> (Tensor pooled_grad, Tensor dw_reduce, Tensor db_reduce, Tensor dw_expand, Tensor db_expand)",
+)
+
 PASSES = tuple(schema.split("(")[0] for schema in _SCHEMAS)
 PRODUCTS = tuple(schema.split("(")[0] for schema in _PRODUCT_SCHEMAS)
+ALGEBRA = tuple(schema.split("(")[0] for schema in _ALGEBRA_SCHEMAS)
 
-for _schema in (*_SCHEMAS, *_PRODUCT_SCHEMAS):
+for _schema in (*_SCHEMAS, *_PRODUCT_SCHEMAS, *_ALGEBRA_SCHEMAS):
     _LIBRARY.define(_schema)
 
 
@@ -163,3 +182,23 @@ def _(
 ):  # fmt: skip
     sums = _floats(x, 0, x.shape[0], 0) if in_scale is None else _floats(x, 5, *x.shape[:2])
     return empty_like_nhwc(x if input_grad else x[:0]), _floats(x, *weight.shape), sums
+
+
+@torch.library.register_fake("effnet_fast::batch_norm_stats", lib=_LIBRARY)
+def _(mean, m2, weight, bias, eps, count):
+    return _floats(mean, 5, len(mean))
+
+
+@torch.library.register_fake("effnet_fast::batch_norm_grad", lib=_LIBRARY)
+def _(stats, sums, gate, pooled_grad, count):
+    return _floats(stats, 4, stats.shape[1])
+
+
+@torch.library.register_fake("effnet_fast::squeeze_gate", lib=_LIBRARY)
+def _(sums, pixels, *weights):
+    return _floats(sums, 2, *sums.shape)
+
+
+@torch.library.register_fake("effnet_fast::squeeze_gate_grad", lib=_LIBRARY)
+def _(squeeze, dgate, pixels, *weights):
+    return _floats(squeeze, *squeeze.shape[1:]), *(_floats(w, *w.shape) for w in weights)

@@ -1,0 +1,226 @@
+// Squeeze-excite's two-layer MLP and its gradient, on [N, C]: products too small for a library's to be quick.
+#pragma once
+
+#include "tensors.h"
+
+namespace effnet_fast {
+
+// The least work, in multiply-adds, that is worth handing to another thread.
+constexpr int64_t kMinProductWork = 1 << 17;
+
+// f(begin, end) over [0, count), of which each costs so many multiply-adds.
+template <class F>
+inline void for_each_range(int64_t count, int64_t work, const F& f) {
+  torch::stable::parallel_for(0, count, std::max<int64_t>(1, kMinProductWork / std::max<int64_t>(work, 1)), f);
+}
+
+inline float sum_of_lanes(Vec v) {
+  float sum = 0;
+  for (int lane = 0; lane < kLanes; ++lane) sum += v[lane];
+  return sum;
+}
+
+// out[i][j] = sum over k of a[i][k] * b[j][k] for i < Rows and j < Columns; k in whole vectors, the last perhaps half.
+template <int Rows, int Columns>
+inline void dot_tile(const float* a, const float* b, int64_t depth, float* out, int64_t out_stride) {
+  Vec acc[Rows][Columns] = {};
+  for (int64_t v = 0; v * kLanes < depth; ++v)
+    with_lanes(v, depth, [&](auto lanes) {
+      Vec row[Rows];
+#pragma GCC unroll 8
+      for (int i = 0; i < Rows; ++i) row[i] = load(a + i * depth + v * kLanes, lanes);
+#pragma GCC unroll 8
+      for (int j = 0; j < Columns; ++j) {
+        const Vec column = load(b + j * depth + v * kLanes, lanes);
+#pragma GCC unroll 8
+        for (int i = 0; i < Rows; ++i) acc[i][j] += row[i] * column;
+      }
+    });
+#pragma GCC unroll 8
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < Columns; ++j) out[i * out_stride + j] = sum_of_lanes(acc[i][j]);
+}
+
+// out [rows, columns] = a [rows, depth] times the transpose of b [columns, depth]; depth a multiple of 8.
+inline void product_transposed(const float* a, const float* b, int64_t rows, int64_t columns, int64_t depth, float* out) {
+  for_each_range(columns, rows * depth, [&](int64_t begin, int64_t end) {
+    const auto strip = [&]<int Columns>(int64_t j) {
+      int64_t i = 0;
+      for (; i + 4 <= rows; i += 4)
+        dot_tile<4, Columns>(a + i * depth, b + j * depth, depth, out + i * columns + j, columns);
+      for (; i < rows; ++i) dot_tile<1, Columns>(a + i * depth, b + j * depth, depth, out + i * columns + j, columns);
+    };
+    int64_t j = begin;
+    for (; j + 4 <= end; j += 4) strip.template operator()<4>(j);
+    for (; j < end; ++j) strip.template operator()<1>(j);
+  });
+}
+
+// done(row, first channel, lanes, sums) for the products of Rows rows of a with the channels of vectors [v, v + Vectors).
+template <int Rows, int Vectors, class Done>
+inline void row_tile(const float* a, const float* b, int64_t first_row, int64_t depth, int64_t channels, int64_t v,
+                     const Done& done) {
+  Vec acc[Rows][Vectors] = {};
+  const bool half = (v + Vectors) * kLanes > channels;  // only ever of a single vector
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec values[Vectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < Vectors; ++j) {
+      const float* at = b + k * channels + (v + j) * kLanes;
+      values[j] = Vectors == 1 && half ? load(at, HalfLanes{}) : load(at);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < Rows; ++i) {
+      const Vec factor = broadcast(a[(first_row + i) * depth + k]);
+#pragma GCC unroll 4
+      for (int j = 0; j < Vectors; ++j) acc[i][j] += factor * values[j];
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < Vectors; ++j)
+      with_lanes(v + j, channels, [&](auto lanes) { done(first_row + i, (v + j) * kLanes, lanes, acc[i][j]); });
+}
+
+// a [rows, depth] times b [depth, channels], channels a multiple of 8; `done` as above takes the sums.
+template <class Done>
+inline void product(const float* a, const float* b, int64_t rows, int64_t depth, int64_t channels, const Done& done) {
+  constexpr int kTileRows = kLanes == 16 ? 6 : 3, kTileVectors = kLanes == 16 ? 4 : 2;
+  const int64_t whole = channels / kLanes, vectors = (channels + kLanes - 1) / kLanes;
+  for_each_range((vectors + kTileVectors - 1) / kTileVectors, rows * depth * kTileVectors * kLanes,
+                 [&](int64_t begin, int64_t end) {
+    const auto strip = [&]<int Vectors>(int64_t v) {
+      int64_t i = 0;
+      for (; i + kTileRows <= rows; i += kTileRows)
+        row_tile<kTileRows, Vectors>(a, b, i, depth, channels, v, done);
+      for (; i < rows; ++i) row_tile<1, Vectors>(a, b, i, depth, channels, v, done);
+    };
+    int64_t v = begin * kTileVectors;
+    const int64_t last = std::min(vectors, end * kTileVectors);
+    for (; v + kTileVectors <= std::min(whole, last); v += kTileVectors) strip.template operator()<kTileVectors>(v);
+    for (; v < last; ++v) strip.template operator()<1>(v);
+  });
+}
+
+// to [columns, rows] = the transpose of from [rows, columns].
+inline void transpose(const float* from, int64_t rows, int64_t columns, float* to) {
+  constexpr int64_t kBlock = 16;  // a cache line of either
+  for_each_range((rows + kBlock - 1) / kBlock, kBlock * columns, [&](int64_t begin, int64_t end) {
+    for (int64_t column = 0; column < columns; column += kBlock)
+      for (int64_t i = begin * kBlock; i < std::min(rows, end * kBlock); ++i)
+        for (int64_t j = column; j < std::min(columns, column + kBlock); ++j) to[j * rows + i] = from[i * columns + j];
+  });
+}
+
+// The MLP's weights, checked and as floats.
+struct SqueezeWeights {
+  int64_t channels, squeezed;
+  FloatWeights reduce, reduce_bias, expand, expand_bias;
+
+  SqueezeWeights(const Tensor& w_reduce, const Tensor& b_reduce, const Tensor& w_expand, const Tensor& b_expand,
+                 int64_t channels)
+      : channels(channels), squeezed(b_reduce.numel()), reduce(as_floats(w_reduce)), reduce_bias(as_floats(b_reduce)),
+        expand(as_floats(w_expand)), expand_bias(as_floats(b_expand)) {
+    STD_TORCH_CHECK(channels % 8 == 0, "w_reduce: got ", channels, " channels, must be a multiple of 8");
+    STD_TORCH_CHECK(w_reduce.numel() == squeezed * channels, "w_reduce: must be [", squeezed, ", ", channels, ", 1, 1]");
+    STD_TORCH_CHECK(w_expand.numel() == squeezed * channels, "w_expand: must be [", channels, ", ", squeezed, ", 1, 1]");
+    STD_TORCH_CHECK(b_expand.numel() == channels, "b_expand: must be for ", channels, " channels");
+  }
+
+  // [N, squeezed]: before SiLU
+  std::vector<float> reduced(const float* means, int64_t images) const {
+    std::vector<float> out(images * squeezed);
+    product_transposed(means, reduce.data, images, squeezed, channels, out.data());
+    for (int64_t i = 0; i < images * squeezed; ++i) out[i] += reduce_bias.data[i % squeezed];
+    return out;
+  }
+  std::vector<float> expand_transposed() const {
+    std::vector<float> out(squeezed * channels);
+    transpose(expand.data, channels, squeezed, out.data());
+    return out;
+  }
+};
+
+// to = f(from) for so many floats, a vector at a time.
+template <class F>
+inline std::vector<float> map(const std::vector<float>& from, const F& f) {
+  std::vector<float> to(from.size());
+  for (size_t i = 0; i < from.size(); i += kLanes) {
+    float lane[kLanes] = {};
+    const size_t count = std::min<size_t>(kLanes, from.size() - i);
+    std::memcpy(lane, &from[i], count * sizeof(float));
+    store(lane, f(load(lane)));
+    std::memcpy(&to[i], lane, count * sizeof(float));
+  }
+  return to;
+}
+
+Tensor squeeze_gate(const Tensor& sums, int64_t pixels, const Tensor& w_reduce, const Tensor& b_reduce,
+                    const Tensor& w_expand, const Tensor& b_expand) {
+  STD_TORCH_CHECK(sums.dim() == 2, "sums: must be [N, C]");
+  const int64_t images = sums.size(0), channels = sums.size(1);
+  const float* pooled = check_floats(sums, "sums", channels, images);
+  const SqueezeWeights mlp(w_reduce, b_reduce, w_expand, b_expand, channels);
+  Tensor squeeze = empty_floats({2, images, channels});
+  float *means = floats(squeeze), *gate = means + images * channels;
+  for (int64_t i = 0; i < images * channels; ++i) means[i] = pooled[i] / (float)pixels;
+  const std::vector<float> hidden = map(mlp.reduced(means, images), silu<float>);
+  const std::vector<float> expand = mlp.expand_transposed();
+  product(hidden.data(), expand.data(), images, mlp.squeezed, channels, [&](int64_t n, int64_t c, auto lanes, Vec sum) {
+    store(gate + n * channels + c, sigmoid<float>(sum + load(mlp.expand_bias.data + c, lanes)), lanes);
+  });
+  return squeeze;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> squeeze_gate_grad(const Tensor& squeeze, const Tensor& dgate,
+                                                                     int64_t pixels, const Tensor& w_reduce,
+                                                                     const Tensor& b_reduce, const Tensor& w_expand,
+                                                                     const Tensor& b_expand) {
+  STD_TORCH_CHECK(squeeze.dim() == 3 && squeeze.size(0) == 2, "squeeze: must be [2, N, C]");
+  const int64_t images = squeeze.size(1), channels = squeeze.size(2);
+  const float *means = check_floats(squeeze, "squeeze", channels, 2 * images), *gate = means + images * channels;
+  const float* outer = check_floats(dgate, "dgate", channels, images);
+  const SqueezeWeights mlp(w_reduce, b_reduce, w_expand, b_expand, channels);
+  const int64_t squeezed = mlp.squeezed;
+  Tensor pooled_grad = empty_floats({images, channels});
+  Tensor dw_reduce = empty_floats(w_reduce.sizes()), db_reduce = empty_floats({squeezed});
+  Tensor dw_expand = empty_floats(w_expand.sizes()), db_expand = empty_floats({channels});
+
+  std::vector<float> dexpanded(images * channels);
+  std::fill_n(floats(db_expand), channels, 0.f);
+  for (int64_t n = 0; n < images; ++n)
+    for (int64_t c = 0; c < channels; ++c) {
+      const int64_t i = n * channels + c;
+      dexpanded[i] = outer[i] * gate[i] * (1.f - gate[i]);
+      floats(db_expand)[c] += dexpanded[i];
+    }
+
+  const std::vector<float> reduced = mlp.reduced(means, images), hidden = map(reduced, silu<float>);
+  const std::vector<float> slope = map(reduced, [](Vec u) {
+    const Vec s = sigmoid<float>(u);
+    return silu_slope(s, u * s);
+  });
+  std::vector<float> dreduced(images * squeezed);
+  product_transposed(dexpanded.data(), mlp.expand_transposed().data(), images, squeezed, channels, dreduced.data());
+  std::fill_n(floats(db_reduce), squeezed, 0.f);
+  for (int64_t i = 0; i < images * squeezed; ++i) {
+    dreduced[i] *= slope[i];
+    floats(db_reduce)[i % squeezed] += dreduced[i];
+  }
+
+  const auto into = [channels](float* out, float factor) {
+    return [=](int64_t row, int64_t c, auto lanes, Vec sum) { store(out + row * channels + c, sum * factor, lanes); };
+  };
+  product(dreduced.data(), mlp.reduce.data, images, squeezed, channels, into(floats(pooled_grad), 1.f / (float)pixels));
+  std::vector<float> rows(squeezed * images), expand_grad(squeezed * channels);
+  transpose(dreduced.data(), images, squeezed, rows.data());
+  product(rows.data(), means, squeezed, images, channels, into(floats(dw_reduce), 1.f));
+  transpose(hidden.data(), images, squeezed, rows.data());
+  product(rows.data(), dexpanded.data(), squeezed, images, channels, into(expand_grad.data(), 1.f));
+  transpose(expand_grad.data(), squeezed, channels, floats(dw_expand));
+  return {pooled_grad, dw_reduce, db_reduce, dw_expand, db_expand};
+}
+
+}  // namespace effnet_fast
