@@ -5,8 +5,8 @@
 
 namespace effnet_fast {
 
-// The least work, in multiply-adds, that is worth handing to another thread.
-constexpr int64_t kMinProductWork = 1 << 17;
+// The least work, in multiply-adds, that is worth handing to another thread: some microseconds.
+constexpr int64_t kMinProductWork = 1 << 19;
 
 // f(begin, end) over [0, count), of which each costs so many multiply-adds.
 template <class F>
@@ -15,9 +15,13 @@ inline void for_each_range(int64_t count, int64_t work, const F& f) {
 }
 
 inline float sum_of_lanes(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);  // with the loop below, the sums took longer than the products
+#else
   float sum = 0;
   for (int lane = 0; lane < kLanes; ++lane) sum += v[lane];
   return sum;
+#endif
 }
 
 // out[i][j] = sum over k of a[i][k] * b[j][k] for i < Rows and j < Columns; k in whole vectors, the last perhaps half.
@@ -133,7 +137,8 @@ struct SqueezeWeights {
   std::vector<float> reduced(const float* means, int64_t images) const {
     std::vector<float> out(images * squeezed);
     product_transposed(means, reduce.data, images, squeezed, channels, out.data());
-    for (int64_t i = 0; i < images * squeezed; ++i) out[i] += reduce_bias.data[i % squeezed];
+    for (int64_t n = 0; n < images; ++n)
+      for (int64_t r = 0; r < squeezed; ++r) out[n * squeezed + r] += reduce_bias.data[r];
     return out;
   }
   std::vector<float> expand_transposed() const {
@@ -189,13 +194,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> squeeze_gate_grad(const Tenso
   Tensor dw_expand = empty_floats(w_expand.sizes()), db_expand = empty_floats({channels});
 
   std::vector<float> dexpanded(images * channels);
-  std::fill_n(floats(db_expand), channels, 0.f);
-  for (int64_t n = 0; n < images; ++n)
-    for (int64_t c = 0; c < channels; ++c) {
-      const int64_t i = n * channels + c;
-      dexpanded[i] = outer[i] * gate[i] * (1.f - gate[i]);
-      floats(db_expand)[c] += dexpanded[i];
-    }
+  for_each_range((channels + kLanes - 1) / kLanes, images * kLanes, [&](int64_t begin, int64_t end) {
+    for (int64_t v = begin; v < end; ++v)
+      with_lanes(v, channels, [&](auto lanes) {
+        Vec sum = {};
+        for (int64_t n = 0; n < images; ++n) {
+          const int64_t i = n * channels + v * kLanes;
+          const Vec s = load(gate + i, lanes), d = load(outer + i, lanes) * s * (1.f - s);
+          store(&dexpanded[i], d, lanes);
+          sum += d;
+        }
+        store(floats(db_expand) + v * kLanes, sum, lanes);
+      });
+  });
 
   const std::vector<float> reduced = mlp.reduced(means, images), hidden = map(reduced, silu<float>);
   const std::vector<float> slope = map(reduced, [](Vec u) {
@@ -205,10 +216,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> squeeze_gate_grad(const Tenso
   std::vector<float> dreduced(images * squeezed);
   product_transposed(dexpanded.data(), mlp.expand_transposed().data(), images, squeezed, channels, dreduced.data());
   std::fill_n(floats(db_reduce), squeezed, 0.f);
-  for (int64_t i = 0; i < images * squeezed; ++i) {
-    dreduced[i] *= slope[i];
-    floats(db_reduce)[i % squeezed] += dreduced[i];
-  }
+  for (int64_t n = 0; n < images; ++n)
+    for (int64_t r = 0; r < squeezed; ++r) {
+      const int64_t i = n * squeezed + r;
+      dreduced[i] *= slope[i];
+      floats(db_reduce)[r] += dreduced[i];
+    }
 
   const auto into = [channels](float* out, float factor) {
     return [=](int64_t row, int64_t c, auto lanes, Vec sum) { store(out + row * channels + c, sum * factor, lanes); };
