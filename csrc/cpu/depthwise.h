@@ -10,12 +10,21 @@ namespace effnet_fast {
 inline Window depthwise_window(const Shape& s, const Tensor& weight, int64_t stride, bool same) {
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) == s.c && weight.size(1) == 1 && weight.size(2) == weight.size(3),
                   "weight: must be [", s.c, ", 1, k, k]");
-  return make_window(s.h, s.w, weight.size(2), stride, same);
+  Window win = make_window(s.h, s.w, weight.size(2), stride, same);
+  // Of a map smaller than the kernel, the outer taps only ever meet the padding: a 5 x 5 kernel is one of 3 x 3 on a map of
+  // 2 x 2 pixels, and a factor on one of a single pixel (backward DW_CROP_GAIN).
+  const int64_t reach = 2 * std::max(s.h, s.w) - 1;
+  if (stride == 1 && win.kernel > reach) {
+    win.kernel = reach;
+    win.pad_h = win.pad_w = reach / 2;
+  }
+  return win;
 }
 
 // Calls f.template operator()<K, S>().
 template <class F>
 inline void dispatch_window(const Window& w, F&& f) {
+  if (w.kernel == 1) return f.template operator()<1, 1>();
   if (w.kernel == 3) return w.stride == 1 ? f.template operator()<3, 1>() : f.template operator()<3, 2>();
   if (w.kernel == 5) return w.stride == 1 ? f.template operator()<5, 1>() : f.template operator()<5, 2>();
   return w.stride == 1 ? f.template operator()<7, 1>() : f.template operator()<7, 2>();
@@ -49,13 +58,24 @@ struct DepthwiseTasks {
   }
 };
 
-// Depthwise weights [C, 1, k, k] of any storage type as fp32 [vector][tap][lane].
-inline std::vector<float> pack_depthwise(const Tensor& weight, const Shape& s, int64_t taps) {
-  std::vector<float> packed(s.vectors() * taps * kLanes);
+// For every tap of the window's kernel, which may be the middle of a larger one, its place among the weight's [k, k].
+inline std::vector<int64_t> taps_of_weight(const Tensor& weight, const Window& win) {
+  const int64_t k = weight.size(2), skipped = (k - win.kernel) / 2;
+  std::vector<int64_t> taps;
+  for (int64_t row = 0; row < win.kernel; ++row)
+    for (int64_t column = 0; column < win.kernel; ++column) taps.push_back((skipped + row) * k + skipped + column);
+  return taps;
+}
+
+// The window's weights, of any storage type, as fp32 [vector][tap][lane].
+inline std::vector<float> pack_depthwise(const Tensor& weight, const Shape& s, const Window& win) {
+  const std::vector<int64_t> taps = taps_of_weight(weight, win);
+  const int64_t count = taps.size(), all = weight.size(2) * weight.size(3);
+  std::vector<float> packed(s.vectors() * count * kLanes);
   const FloatWeights w = as_floats(weight);
   for (int64_t c = 0; c < s.c; ++c)
-    for (int64_t tap = 0; tap < taps; ++tap)
-      packed[(c / kLanes * taps + tap) * kLanes + c % kLanes] = w.data[c * taps + tap];
+    for (int64_t tap = 0; tap < count; ++tap)
+      packed[(c / kLanes * count + tap) * kLanes + c % kLanes] = w.data[c * all + taps[tap]];
   return packed;
 }
 
@@ -206,7 +226,7 @@ std::tuple<Tensor, Tensor, Tensor> dwconv_stats(const Tensor& x, const Tensor& w
   const Window win = depthwise_window(s, weight, stride, same);
   const InputAffine affine(scale, shift, s.c);
   const DepthwiseTasks tasks(s, forward_bytes_per_vector(s, win));
-  const std::vector<float> packed = pack_depthwise(weight, s, win.kernel * win.kernel);
+  const std::vector<float> packed = pack_depthwise(weight, s, win);
   Tensor y = empty_nhwc({s.n, s.c, win.out_h, win.out_w}, x.scalar_type());
   Tensor mean = empty_floats({s.c}), m2 = empty_floats({s.c});
   const int64_t pixels = s.n > 0 ? win.out_h * win.out_w : 0;
@@ -267,7 +287,7 @@ std::tuple<Tensor, Tensor> dwconv_affine(const Tensor& x, const Tensor& weight, 
   const InputAffine affine(in_scale, in_shift, s.c);
   const float *sc = check_floats(scale, "scale", s.c), *sh = check_floats(shift, "shift", s.c);
   const DepthwiseTasks tasks(s, forward_bytes_per_vector(s, win));
-  const std::vector<float> packed = pack_depthwise(weight, s, win.kernel * win.kernel);
+  const std::vector<float> packed = pack_depthwise(weight, s, win);
   Tensor z = empty_nhwc({s.n, s.c, win.out_h, win.out_w}, x.scalar_type());
   Tensor pooled = torch::stable::new_zeros(scale, {s.n, s.c});
   dispatch(x, "x", [&](auto* type) {

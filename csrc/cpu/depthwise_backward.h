@@ -231,12 +231,14 @@ std::tuple<Tensor, Tensor, Tensor> backward_dwconv(
                        check_floats(in_mean, "in_mean", s.c), check_floats(in_rstd, "in_rstd", s.c)};
   STD_TORCH_CHECK(!norm.scale || (norm.shift && norm.mean && norm.rstd),
                   "in_scale: needs in_shift, in_mean and in_rstd as well");
-  const int64_t taps = win.kernel * win.kernel;
+  const int64_t taps = win.kernel * win.kernel, all = weight.size(2) * weight.size(3);
+  const std::vector<int64_t> places = taps_of_weight(weight, win);
   const DepthwiseTasks tasks(s, forward_bytes_per_vector({s.n, s.c, win.out_h, win.out_w}, win));
-  const std::vector<float> reversed = reverse_columns(pack_depthwise(weight, s, taps), win);
+  const std::vector<float> reversed = reverse_columns(pack_depthwise(weight, s, win), win);
   std::vector<float> weight_grads(tasks.groups * s.vectors() * taps * kLanes);
   std::vector<float> sums(tasks.groups * s.vectors() * 2 * kLanes);
-  Tensor dx = empty_nhwc(s, x.scalar_type()), dweight = empty_floats({s.c, 1, win.kernel, win.kernel});
+  Tensor dx = empty_nhwc(s, x.scalar_type()), dweight = empty_floats(weight.sizes());
+  if (win.kernel < weight.size(2)) std::memset(floats(dweight), 0, dweight.numel() * sizeof(float));
   Tensor norm_sums = empty_floats({2, s.c});
   dispatch(x, "x", [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -257,7 +259,8 @@ std::tuple<Tensor, Tensor, Tensor> backward_dwconv(
         };
         for (int64_t tap = 0; tap < taps; ++tap) {
           const Vec sum = total(weight_grads, taps, tap);
-          for (int lane = 0; lane < lanes; ++lane) floats(dweight)[(v * kLanes + lane) * taps + tap] = sum[lane];
+          for (int lane = 0; lane < lanes; ++lane)
+            floats(dweight)[(v * kLanes + lane) * all + places[tap]] = sum[lane];
         }
         for (int64_t i = 0; i < 2; ++i) store(floats(norm_sums) + i * s.c + v * kLanes, total(sums, 2, i), lanes);
       });

@@ -108,13 +108,28 @@ inline void product(const float* a, const float* b, int64_t rows, int64_t depth,
   });
 }
 
-// to [columns, rows] = the transpose of from [rows, columns].
+// to [columns, rows] = the transpose of from [rows, columns]: squares of 4 x 4, as far as they fit, in a quarter of the time
+// that single elements take.
 inline void transpose(const float* from, int64_t rows, int64_t columns, float* to) {
-  constexpr int64_t kBlock = 16;  // a cache line of either
-  for_each_range((rows + kBlock - 1) / kBlock, kBlock * columns, [&](int64_t begin, int64_t end) {
-    for (int64_t column = 0; column < columns; column += kBlock)
-      for (int64_t i = begin * kBlock; i < std::min(rows, end * kBlock); ++i)
-        for (int64_t j = column; j < std::min(columns, column + kBlock); ++j) to[j * rows + i] = from[i * columns + j];
+  typedef float Quad __attribute__((vector_size(16), aligned(4)));
+  const auto square = [=](int64_t i, int64_t j) {
+    const auto row = [&](int64_t k) { return *(const Quad*)(from + (i + k) * columns + j); };
+    const auto column = [&](int64_t k) -> Quad& { return *(Quad*)(to + (j + k) * rows + i); };
+    const Quad a = row(0), b = row(1), c = row(2), d = row(3);
+    const Quad ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+    const Quad cd = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+    column(0) = __builtin_shufflevector(ab, cd, 0, 1, 4, 5);
+    column(1) = __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+    column(2) = __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5);
+    column(3) = __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7);
+  };
+  for_each_range((rows + 3) / 4, 4 * columns, [&](int64_t begin, int64_t end) {
+    for (int64_t i = 4 * begin; i < std::min(rows, 4 * end); i += 4) {
+      const int64_t whole = i + 4 <= rows ? columns / 4 * 4 : 0;
+      for (int64_t j = 0; j < whole; j += 4) square(i, j);
+      for (int64_t j = whole; j < columns; ++j)
+        for (int64_t k = i; k < std::min(rows, i + 4); ++k) to[j * rows + k] = from[k * columns + j];
+    }
   });
 }
 
