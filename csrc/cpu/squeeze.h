@@ -62,18 +62,15 @@ inline void product_transposed(const float* a, const float* b, int64_t rows, int
 }
 
 // done(row, first channel, lanes, sums) for the products of Rows rows of a with the channels of vectors [v, v + Vectors).
-template <int Rows, int Vectors, class Done>
+// lanes: of a vector; only a single one may be half full.
+template <int Rows, int Vectors, class Lanes, class Done>
 inline void row_tile(const float* a, const float* b, int64_t first_row, int64_t depth, int64_t channels, int64_t v,
-                     const Done& done) {
+                     Lanes lanes, const Done& done) {
   Vec acc[Rows][Vectors] = {};
-  const bool half = (v + Vectors) * kLanes > channels;  // only ever of a single vector
   for (int64_t k = 0; k < depth; ++k) {
     Vec values[Vectors];
 #pragma GCC unroll 4
-    for (int j = 0; j < Vectors; ++j) {
-      const float* at = b + k * channels + (v + j) * kLanes;
-      values[j] = Vectors == 1 && half ? load(at, HalfLanes{}) : load(at);
-    }
+    for (int j = 0; j < Vectors; ++j) values[j] = load(b + k * channels + (v + j) * kLanes, lanes);
 #pragma GCC unroll 8
     for (int i = 0; i < Rows; ++i) {
       const Vec factor = broadcast(a[(first_row + i) * depth + k]);
@@ -84,8 +81,7 @@ inline void row_tile(const float* a, const float* b, int64_t first_row, int64_t 
 #pragma GCC unroll 8
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < Vectors; ++j)
-      with_lanes(v + j, channels, [&](auto lanes) { done(first_row + i, (v + j) * kLanes, lanes, acc[i][j]); });
+    for (int j = 0; j < Vectors; ++j) done(first_row + i, (v + j) * kLanes, lanes, acc[i][j]);
 }
 
 // a [rows, depth] times b [depth, channels], channels a multiple of 8; `done` as above takes the sums.
@@ -95,16 +91,17 @@ inline void product(const float* a, const float* b, int64_t rows, int64_t depth,
   const int64_t whole = channels / kLanes, vectors = (channels + kLanes - 1) / kLanes;
   for_each_range((vectors + kTileVectors - 1) / kTileVectors, rows * depth * kTileVectors * kLanes,
                  [&](int64_t begin, int64_t end) {
-    const auto strip = [&]<int Vectors>(int64_t v) {
+    const auto strip = [&]<int Vectors>(int64_t v, auto lanes) {
       int64_t i = 0;
       for (; i + kTileRows <= rows; i += kTileRows)
-        row_tile<kTileRows, Vectors>(a, b, i, depth, channels, v, done);
-      for (; i < rows; ++i) row_tile<1, Vectors>(a, b, i, depth, channels, v, done);
+        row_tile<kTileRows, Vectors>(a, b, i, depth, channels, v, lanes, done);
+      for (; i < rows; ++i) row_tile<1, Vectors>(a, b, i, depth, channels, v, lanes, done);
     };
     int64_t v = begin * kTileVectors;
     const int64_t last = std::min(vectors, end * kTileVectors);
-    for (; v + kTileVectors <= std::min(whole, last); v += kTileVectors) strip.template operator()<kTileVectors>(v);
-    for (; v < last; ++v) strip.template operator()<1>(v);
+    for (; v + kTileVectors <= std::min(whole, last); v += kTileVectors)
+      strip.template operator()<kTileVectors>(v, AllLanes{});
+    for (; v < last; ++v) with_lanes(v, channels, [&](auto lanes) { strip.template operator()<1>(v, lanes); });
   });
 }
 

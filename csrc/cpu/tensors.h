@@ -90,8 +90,13 @@ inline FloatWeights as_floats(const Tensor& weight) {
   dispatch(weight, "weight", [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const T* from = (const T*)weight.const_data_ptr();
-    for (int64_t v = 0; v * kLanes < weight.numel(); ++v)
-      with_lanes(v, weight.numel(), [&](auto lanes) { store(&copy[v * kLanes], load(from + v * kLanes, lanes), lanes); });
+    const int64_t count = weight.numel(), whole = count / kLanes * kLanes;
+    for (int64_t i = 0; i < whole; i += kLanes) store(&copy[i], load(from + i));
+    T rest[kLanes] = {};
+    std::copy(from + whole, from + count, rest);
+    float last[kLanes];
+    store(last, load(rest));
+    std::copy(last, last + (count - whole), copy.begin() + whole);
   });
   const float* data = copy.data();
   return {std::move(copy), data};

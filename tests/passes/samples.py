@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# N, C, H, W: B0-like, one pixel, a half-full last vector, H != W, wide rows, more rows than columns, no examples
+# N, C, H, W: B0-like, one pixel, fewer pixels than a kernel's columns, a half-full last vector, H != W, wide rows, more
+# rows than columns, no examples
 SHAPES = (
     (2, 32, 14, 14),
     (1, 8, 1, 1),
+    (3, 24, 2, 3),
     (3, 40, 9, 6),
     (1, 96, 3, 31),
     (5, 24, 17, 2),
@@ -129,3 +131,23 @@ def product_calls(shape: tuple[int, int, int, int], dtype: torch.dtype, out_chan
         for gated in (None, in_gate):
             norm = (in_scale, in_shift, in_mean, in_rstd, gated)
             yield Call("backward_pointwise", (grad, source, x, weight, *out, *norm, None, True))
+
+
+def algebra_calls(images: int, channels: int, squeezed: int) -> Iterator[Call]:
+    """What stands between the passes."""
+    g = torch.Generator().manual_seed(images + channels + squeezed)
+    weight, bias, mean = (torch.randn(channels, generator=g) for _ in range(3))
+    m2 = torch.rand(channels, generator=g) * 7
+    for count in (0, 1, 35):
+        yield Call("batch_norm_stats", (mean, m2, weight, bias, 1e-3, count))
+    stats, sums = torch.rand(5, channels, generator=g) + 0.5, torch.randn(5, images, channels, generator=g)
+    gate, pooled_grad, dgate = (torch.randn(images, channels, generator=g) for _ in range(3))
+    for factor in (None, gate):
+        yield Call("batch_norm_grad", (stats, sums[:2], factor, None, 35))
+        for pooled in (None, pooled_grad):
+            yield Call("batch_norm_grad", (stats, sums, factor, pooled, 35))
+    w_reduce = torch.randn(squeezed, channels, 1, 1, generator=g) / channels**0.5
+    w_expand = torch.randn(channels, squeezed, 1, 1, generator=g) / squeezed**0.5
+    mlp = (w_reduce, torch.randn(squeezed, generator=g), w_expand, bias)
+    yield Call("squeeze_gate", (torch.randn(images, channels, generator=g) * 35, 35, *mlp))
+    yield Call("squeeze_gate_grad", (torch.rand(2, images, channels, generator=g), dgate, 35, *mlp))

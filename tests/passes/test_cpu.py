@@ -11,13 +11,14 @@ from torch import Tensor
 import effnet_fast.passes.backend  # noqa: F401 loads the compiled passes
 from effnet_fast import _host
 from effnet_fast.passes.backend import passes_for
-from effnet_fast.passes.schema import PASSES, PRODUCTS
+from effnet_fast.passes.schema import ALGEBRA, PASSES, PRODUCTS
 from tests.passes.samples import (
     CONVOLUTIONS,
     OUT_CHANNELS,
     SHAPES,
     Call,
     activation,
+    algebra_calls,
     depthwise_calls,
     elementwise_calls,
     product_calls,
@@ -42,8 +43,9 @@ def check(call: Call, dtype: torch.dtype) -> None:
     for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
         assert a.shape == e.shape
         is_weight = call.name in ("backward_dwconv", "backward_pointwise") and i == 1
+        is_weight |= call.name == "squeeze_gate_grad"
         assert a.dtype == (dtype if a.dim() == 4 and not is_weight else torch.float32)
-        if a.dim() == 4 and a.dtype == dtype:
+        if a.dim() == 4 and not is_weight:
             assert a.is_contiguous(memory_format=torch.channels_last) or a.numel() == 0
         assert a.isfinite().all()
         tolerance = (PRODUCT_TOLERANCE if call.name in PRODUCTS else TOLERANCE)[dtype]
@@ -78,6 +80,21 @@ def test_depthwise_passes(
 def test_products(shape: tuple[int, int, int, int], out_channels: int, dtype: torch.dtype) -> None:
     for call in product_calls(shape, dtype, out_channels):
         check(call, dtype)
+
+
+@pytest.mark.parametrize("images", [0, 1, 3, 16, 37])
+@pytest.mark.parametrize(("channels", "squeezed"), [(8, 1), (24, 6), (40, 10), (96, 4), (136, 48), (1152, 288)])
+def test_algebra_between_the_passes(images: int, channels: int, squeezed: int) -> None:
+    for call in algebra_calls(images, channels, squeezed):
+        check(call, torch.float32)
+
+
+def test_squeeze_weights_of_16_bits() -> None:
+    call = next(call for call in algebra_calls(3, 40, 10) if call.name == "squeeze_gate")
+    sums, pixels, *weights = call.args
+    rounded = [w.bfloat16() for w in weights]
+    actual = torch.ops.effnet_fast.squeeze_gate(sums, pixels, *rounded)
+    assert torch.equal(actual, torch.ops.effnet_fast.squeeze_gate(sums, pixels, *(w.float() for w in rounded)))
 
 
 @pytest.mark.parametrize("isa", [isa for isa in _host.supported_isas() if isa != _host.supported_isas()[0]])
@@ -117,6 +134,7 @@ def test_results_do_not_depend_on_the_number_of_threads(threads: int) -> None:
         *elementwise_calls((3, 40, 9, 6), torch.bfloat16),
         *depthwise_calls((3, 40, 9, 6), torch.bfloat16, 5, 2, False),
         *(call for call in product_calls((3, 40, 9, 6), torch.bfloat16, 24) if call.name != "backward_pointwise"),
+        *algebra_calls(16, 1152, 48),
     ]
     first = [tensors(getattr(torch.ops.effnet_fast, call.name)(*call.args)) for call in calls]
     try:
@@ -154,6 +172,7 @@ def test_nothing_given_is_modified() -> None:
         *elementwise_calls((2, 24, 5, 5), torch.float32),
         *depthwise_calls((2, 24, 5, 5), torch.float32, 3, 2, True),
         *product_calls((2, 24, 5, 5), torch.float32, 16),
+        *algebra_calls(2, 24, 6),
     ]
     for call in calls:
         before = [a.clone() if isinstance(a, Tensor) else a for a in call.args]
@@ -175,6 +194,9 @@ WRONG = [
     (lambda x, v: ("dwconv_stats", (x, torch.ones(8, 1, 3, 3), None, None, 1, False)), "weight: must be"),
     (lambda x, v: ("dwconv_stats", (x, torch.ones(16, 1, 3, 3), None, None, 3, False)), "stride: got 3"),
     (lambda x, v: ("dwconv_stats", (x, torch.ones(16, 1, 3, 3), v, None, 1, False)), "shift: must be given"),
+    (lambda x, v: ("batch_norm_stats", (v, v, v[:8], v, 1e-5, 4)), "weight: must be for 16 channels"),
+    (lambda x, v: ("batch_norm_grad", (torch.ones(5, 16), torch.ones(3, 2, 16), None, None, 4)), r"sums: must be \[2"),
+    (lambda x, v: ("squeeze_gate", (torch.ones(2, 16), 4, torch.ones(4, 8), torch.ones(4), v, v)), "w_reduce: must be"),
 ]
 
 
@@ -190,7 +212,8 @@ def test_every_pass_is_sampled_and_referenced() -> None:
     sampled = {call.name for call in elementwise_calls((1, 8, 3, 3), torch.float32)}
     sampled |= {call.name for call in depthwise_calls((1, 8, 3, 3), torch.float32, 3, 1, False)}
     sampled |= {call.name for call in product_calls((1, 8, 3, 3), torch.float32, 16)}
-    assert sampled == {*PASSES, *PRODUCTS}
+    sampled |= {call.name for call in algebra_calls(1, 8, 1)}
+    assert sampled == {*PASSES, *PRODUCTS, *ALGEBRA}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -199,6 +222,7 @@ def test_fakes_have_the_shapes_dtypes_and_strides_of_the_kernels(dtype: torch.dt
         *elementwise_calls((3, 40, 9, 6), dtype),
         *depthwise_calls((3, 40, 9, 6), dtype, 5, 2, True),
         *product_calls((3, 40, 9, 6), dtype, 24),
+        *algebra_calls(3, 40, 10),
     ]
     for call in calls:
         overload = getattr(torch.ops.effnet_fast, call.name).default
