@@ -10,7 +10,7 @@ import torch
 
 from effnet_fast.passes import backend
 from effnet_fast.passes.backend import current, passes_for, resolve, use_backend, why_not
-from effnet_fast.passes.schema import PASSES, PRODUCTS
+from effnet_fast.passes.schema import ALGEBRA, PASSES, PRODUCTS
 
 X = torch.zeros(1, 8, 2, 2)
 
@@ -111,9 +111,9 @@ def test_an_older_gpu_than_the_passes_were_built_for_is_refused(monkeypatch) -> 
         assert given is None if reason is None else reason in given
 
 
-def test_every_backend_has_all_passes_and_products() -> None:
+def test_every_backend_has_all_passes_products_and_algebra() -> None:
     assert backend.why_unavailable("triton") is None
-    for name in PASSES + PRODUCTS:
+    for name in PASSES + PRODUCTS + ALGEBRA:
         assert all(hasattr(getattr(backend._PASSES, of), name) for of in ("cpu", "cuda", "triton", "reference"))
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from effnet_fast.ops.normalization import Norm, batch_norm_grad, batch_stats
 from effnet_fast.passes import products, reference
+from effnet_fast.passes.algebra import batch_norm_grad, batch_norm_stats
 from tests.passes.samples import activation
 
 
@@ -49,11 +49,11 @@ def test_backward_of_convolution_and_norm(
         dx = dx + residual.double()
 
     moments = (y.mean((0, 2, 3)), y.var((0, 2, 3), unbiased=False) * count)
-    norm = Norm.of(batch_stats(moments, gamma, beta, eps, count))
+    stats = batch_norm_stats(*moments, gamma, beta, eps, count)
     sums = torch.stack([grad.double().sum((0, 2, 3)), (grad * hat).sum((0, 2, 3))])
-    terms = batch_norm_grad(norm, sums, count)
+    grads = batch_norm_grad(stats, sums[:, None], None, None, count)
     floats = torch.promote_types(dtype, torch.float32)
-    scale, shift, mean, a, b = (t.to(floats) for t in (*norm[:3], terms.a, terms.b))
+    scale, shift, mean, a, b = (t.to(floats) for t in (*stats[:3], *grads[2:]))
     passes = SimpleNamespace(channel_stats=reference.channel_stats)
     got_dx, got_dweight, none = products.backward_pointwise(
         passes, grad, y.to(dtype), x, weight, scale, shift, mean, False, None, a, b, *(None,) * 5, residual, True
