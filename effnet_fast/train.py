@@ -147,8 +147,11 @@ def main(argv: list[str] | None = None) -> None:
         return
     except Stopped as stopped:
         status, message = stopped.status, f"{stopped}; go on with --resume auto --output {output}"
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         status, message = 2, f"error: {error}"
+    except OSError as error:
+        # Those of TensorBoard's writer name no file: it writes to the run's folder.
+        status, message = 2, f"error: {error.filename or output}: {error.strerror or error}"
     except RuntimeError as error:
         if not distributed.lost_process(error):
             raise
