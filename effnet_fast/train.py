@@ -147,6 +147,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     except Stopped as stopped:
         status, message = stopped.status, f"{stopped}; go on with --resume auto --output {output}"
+    except KeyboardInterrupt:
+        status, message = 130, "stopped by SIGINT before it could save"
     except ValueError as error:
         status, message = 2, f"error: {error}"
     except OSError as error:

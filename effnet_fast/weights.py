@@ -23,12 +23,15 @@ def load_weights(model: EfficientNet, path: Path) -> list[str]:
     Raises ValueError whose line names the file: unreadable, of other names, or of another model.
     """
     state = _read(path)
-    if "features.0.0.weight" in state:
-        source, weights = "torchvision", from_torchvision(state)
-    elif "conv_stem.weight" in state:
-        source, weights = "timm", from_timm(state)
-    else:
-        source, weights = "effnet_fast", dict(state)
+    try:
+        if "features.0.0.weight" in state:
+            source, weights = "torchvision", from_torchvision(state)
+        elif "conv_stem.weight" in state:
+            source, weights = "timm", from_timm(state)
+        else:
+            source, weights = "effnet_fast", dict(state)
+    except ValueError as error:
+        raise ValueError(f"--weights: {path}: {error}") from None
     lines = [f"Weights of {source} from {path}"]
     expected = model.state_dict()
     classifier = weights.get("classifier.weight")

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from effnet_fast import train
 from effnet_fast.run_folder import RunError, read_checkpoint
 from effnet_fast.trainer import Trainer
 from tests.tiny import SMALL, assert_same_bits, finish, results, start
@@ -170,6 +171,15 @@ def test_signals_end_a_run_after_its_step(
         assert_same_bits(state["model"], expected["model"])
 
 
+def interrupt_early() -> None:
+    train.load_dataset = lambda *_, **__: signal.raise_signal(signal.SIGINT)
+
+
+def test_interrupted_before_training(tmp_path: Path) -> None:
+    assert finish(start(*arguments(tmp_path / "run"), log=tmp_path / "log", prepare=interrupt_early)) == 130
+    assert (tmp_path / "log").read_text() == "python -m effnet_fast.train: stopped by SIGINT before it could save\n"
+
+
 def limit_file_size(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
@@ -193,6 +203,32 @@ def test_full_disk(uninterrupted: Path, tmp_path: Path) -> None:
     assert (folder / "checkpoint.pt").read_bytes() == good
     assert finish(start(*arguments(folder), log=log)) == 0
     assert_ends_like(uninterrupted, folder)
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (500, "--output: can't write to {}: File too large"),
+        (1_000_000, "{}/checkpoint.pt: can't be written: File too large; there is none before it"),
+    ],
+)
+def test_full_disk_from_the_beginning(uninterrupted: Path, tmp_path: Path, size: int, message: str) -> None:
+    folder, log = tmp_path / "run", tmp_path / "log"
+    process = start(*arguments(folder), log=log, prepare=partial(limit_file_size, size))
+    assert finish(process) == 2
+    assert last_lines(log)[-1] == f"python -m effnet_fast.train: error: {message.format(folder)}"
+    assert "Traceback" not in log.read_text()
+    assert finish(start(*arguments(folder), log=log)) == 0
+    assert_ends_like(uninterrupted, folder)
+
+
+def test_damaged_metrics_get_one_line(uninterrupted: Path, tmp_path: Path) -> None:
+    folder, log = tmp_path / "run", tmp_path / "log"
+    shutil.copytree(uninterrupted, folder)
+    path = folder / "metrics.jsonl"
+    path.write_bytes(bytes(100) + path.read_bytes())
+    assert finish(start(*arguments(folder, "--epochs", "3"), log=log)) == 2
+    assert last_lines(log)[-1].endswith(f"error: {path}: damaged, a line of it is not JSON")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped bit", "text", "foreign", "of another run"])
