@@ -405,6 +405,7 @@ def _train_epoch(
         unit="step",
         leave=False,
         dynamic_ncols=True,
+        mininterval=0.1 if sys.stderr.isatty() else 10,  # seconds; a log file keeps every line of a weekend
         disable=distributed.rank() > 0,
     ) as bar:
         remaining = batches.epoch(trainer.epoch, trainer.step)
