@@ -4,6 +4,7 @@ import os
 import random
 import resource
 import sys
+import threading
 import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -300,6 +301,7 @@ def train(config: Config, output: Path, *, resume: bool = False, state: dict[str
         if resume:
             print(f"Going on after {trainer.epoch} epochs and {trainer.step} steps", flush=True)
     checkpoints = _Checkpoints(run, trainer)
+    threading.excepthook = _report_thread
     start, first = time.perf_counter(), trainer.epoch + trainer.step / len(batches)
     with (
         SummaryWriter(output / "tensorboard", purge_step=trainer.epoch) if main_process else nullcontext() as board,
@@ -345,6 +347,12 @@ def train(config: Config, output: Path, *, resume: bool = False, state: dict[str
             raise
     if main_process:
         print(f"Best top-1 {trainer.best:.2f} %, {timedelta(seconds=round(time.perf_counter() - start))}; {output}")
+
+
+def _report_thread(failed: threading.ExceptHookArgs) -> None:
+    """TensorBoard writes in a thread. Its OSError is raised again by the next call, which ends the run in one line."""
+    if not issubclass(failed.exc_type, OSError):
+        threading.__excepthook__(failed)
 
 
 def _val_batches(batches: Loader, signals: StopSignals) -> Iterable[Batch]:

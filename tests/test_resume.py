@@ -1,5 +1,6 @@
 """Runs that are killed, stopped or starved of disk, and resumed: in processes of their own."""
 
+import errno
 import json
 import os
 import random
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from effnet_fast import train
 from effnet_fast.run_folder import RunError, read_checkpoint
@@ -220,6 +222,20 @@ def test_full_disk_from_the_beginning(uninterrupted: Path, tmp_path: Path, size:
     assert "Traceback" not in log.read_text()
     assert finish(start(*arguments(folder), log=log)) == 0
     assert_ends_like(uninterrupted, folder)
+
+
+def no_room_for_events() -> None:
+    def write(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    RecordWriter.write = write
+
+
+def test_full_disk_for_tensorboard(tmp_path: Path) -> None:
+    """It writes in a thread of its own."""
+    folder, log = tmp_path / "run", tmp_path / "log"
+    assert finish(start(*arguments(folder), log=log, prepare=no_room_for_events)) == 2
+    assert last_lines(log)[1:] == [f"python -m effnet_fast.train: error: {folder}: No space left on device"]
 
 
 def test_damaged_metrics_get_one_line(uninterrupted: Path, tmp_path: Path) -> None:
