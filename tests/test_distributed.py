@@ -17,7 +17,7 @@ import torch
 
 from effnet_fast.run_folder import read_checkpoint
 from effnet_fast.trainer import Trainer
-from tests.test_resume import kill_at_write, wait_for
+from tests.test_resume import kill_at_write, limit_file_size, wait_for
 from tests.tiny import SMALL, assert_same_bits, finish, results, start, tiny_variant
 
 
@@ -105,6 +105,17 @@ def test_killed_and_resumed_ends_with_the_same_bits(two_processes: Path, tmp_pat
     alone = start(*options, log=tmp_path / "log")
     assert finish(alone) == 2
     assert "--processes: got 1, the run in" in (tmp_path / "log").read_text()
+
+
+def test_an_error_of_one_ends_the_others(tmp_path: Path) -> None:
+    """A full disk, which only the process that writes notices."""
+    log, full = tmp_path / "log", partial(limit_file_size, 1_000_000)
+    options = [*SMALL, "--output", str(tmp_path / "run"), "--checkpoint-minutes", "0"]
+    group = start_group(2, log, *options, prepare=full, only=0)
+    assert [finish(process) for process in group] == [2, 1]
+    lines = [Path(f"{log}.{rank}").read_text().splitlines()[-1].rpartition("\r")[2] for rank in range(2)]
+    assert "checkpoint.pt: can't be written: File too large" in lines[0]
+    assert "another process of this run ended" in lines[1]
 
 
 def kill_at_step(count: int) -> None:
