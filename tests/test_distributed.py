@@ -177,7 +177,10 @@ def test_torchrun_restarts_all_when_one_is_killed(two_processes: Path, tmp_path:
     wait_for(lambda: (folder / "checkpoint.pt").exists())
     children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
-    assert agent.wait(300) == 0, log.read_text()
+    try:
+        assert agent.wait(300) == 0, log.read_text()
+    finally:
+        agent.terminate()  # and with it the processes that it started
     (state, metrics), (expected, expected_metrics) = results(folder), results(two_processes)
     assert metrics == expected_metrics
     assert_same_bits(state["model"], expected["model"])

@@ -174,7 +174,10 @@ def test_signals_end_a_run_after_its_step(
 
 
 def interrupt_early() -> None:
-    train.load_dataset = lambda *_, **__: signal.raise_signal(signal.SIGINT)
+    def load_dataset(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    train.load_dataset = load_dataset
 
 
 def test_interrupted_before_training(tmp_path: Path) -> None:
