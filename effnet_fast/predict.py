@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterable, Iterator
 from io import TextIOWrapper
@@ -59,7 +60,8 @@ def main(argv: list[str] | None = None) -> None:
 def _paths(arguments: Iterable[str]) -> Iterator[Path]:
     for argument in arguments:
         if argument == "-":
-            yield from (Path(os.fsdecode(line.rstrip(b"\r\n"))) for line in sys.stdin.buffer)
+            lines = (line.rstrip(b"\r\n") for line in sys.stdin.buffer)
+            yield from (Path(os.fsdecode(line)) for line in lines if line)
         else:
             yield Path(argument)
 
@@ -75,4 +77,5 @@ def _show(file: Path, top: list[tuple[float, int]], classes: tuple[str, ...], as
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # ends quietly when `head` has seen enough
     main()

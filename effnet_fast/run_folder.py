@@ -59,7 +59,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise RunError(f"{path}: {error.strerror}") from None
     with file:
         try:
-            _check_archive(file)
+            check_archive(file)
             file.seek(0)
             state = torch.load(file, map_location="cpu", weights_only=True)
         # A damaged archive makes zipfile and torch raise nearly every built-in exception.
@@ -70,7 +70,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def _check_archive(file: BinaryIO) -> None:
+def check_archive(file: BinaryIO) -> None:
     """Raise for a zip file that torch.save did not write, or not so: torch itself compares no checksums."""
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
@@ -126,7 +126,10 @@ class RunFolder:
         return (self.path / "config.json").exists()
 
     def reopen(self, config: dict[str, Any], epochs: int) -> None:
-        """Make the folder ready to go on after so many finished epochs: later metrics and half-written files go."""
+        """Make the folder ready to go on after so many finished epochs: later metrics and half-written files go.
+
+        Raises RunError if it can't be written to, or its metrics are damaged.
+        """
         try:
             self._start(config)
             # Epochs that an older checkpoint does not know of, and a line that was cut off by a full disk.
@@ -134,6 +137,7 @@ class RunFolder:
             if path.exists():
                 kept = b"".join(path.read_bytes().splitlines(keepends=True)[:epochs])
                 write_atomic(path, lambda file: file.write(kept))
+                self.metrics()  # a damaged file is better noticed now than after an epoch
         except OSError as error:
             raise RunError(f"{self.path}: can't be written to: {error.strerror}") from None
 
@@ -149,8 +153,12 @@ class RunFolder:
             raise RunError(f"{path}: can't be written: {error.strerror}") from None
 
     def metrics(self) -> list[dict[str, float]]:
-        """All epochs so far."""
-        return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
+        """All epochs so far. Raises RunError if the file is not what `append_metrics` writes."""
+        path = self.path / "metrics.jsonl"
+        try:
+            return [json.loads(line) for line in path.read_text().splitlines()]
+        except ValueError:
+            raise RunError(f"{path}: damaged, a line of it is not JSON") from None
 
     def save_checkpoint(self, state: dict[str, Any], *, best: bool, keep: int = 1) -> None:
         """Replace checkpoint.pt, and best.pt too if `best`.
@@ -171,7 +179,8 @@ class RunFolder:
             if best:
                 _link(written, latest)
         except OSError as error:
-            raise RunError(f"{latest}: can't be written: {error.strerror}; the checkpoint before is kept") from None
+            kept = "the checkpoint before is kept" if latest.exists() else "there is none before it"
+            raise RunError(f"{latest}: can't be written: {error.strerror}; {kept}") from None
 
     def load_checkpoint(self, which: str) -> dict[str, Any]:
         """Read "latest" or "best", as `read_checkpoint`."""

@@ -4,6 +4,7 @@ import os
 import random
 import resource
 import sys
+import threading
 import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -147,8 +148,13 @@ def main(argv: list[str] | None = None) -> None:
         return
     except Stopped as stopped:
         status, message = stopped.status, f"{stopped}; go on with --resume auto --output {output}"
-    except (ValueError, OSError) as error:
+    except KeyboardInterrupt:
+        status, message = 130, "stopped by SIGINT before it could save"
+    except ValueError as error:
         status, message = 2, f"error: {error}"
+    except OSError as error:
+        # Those of TensorBoard's writer name no file: it writes to the run's folder.
+        status, message = 2, f"error: {error.filename or output}: {error.strerror or error}"
     except RuntimeError as error:
         if not distributed.lost_process(error):
             raise
@@ -295,6 +301,7 @@ def train(config: Config, output: Path, *, resume: bool = False, state: dict[str
         if resume:
             print(f"Going on after {trainer.epoch} epochs and {trainer.step} steps", flush=True)
     checkpoints = _Checkpoints(run, trainer)
+    threading.excepthook = _report_thread
     start, first = time.perf_counter(), trainer.epoch + trainer.step / len(batches)
     with (
         SummaryWriter(output / "tensorboard", purge_step=trainer.epoch) if main_process else nullcontext() as board,
@@ -340,6 +347,12 @@ def train(config: Config, output: Path, *, resume: bool = False, state: dict[str
             raise
     if main_process:
         print(f"Best top-1 {trainer.best:.2f} %, {timedelta(seconds=round(time.perf_counter() - start))}; {output}")
+
+
+def _report_thread(failed: threading.ExceptHookArgs) -> None:
+    """TensorBoard writes in a thread. Its OSError is raised again by the next call, which ends the run in one line."""
+    if not issubclass(failed.exc_type, OSError):
+        threading.__excepthook__(failed)
 
 
 def _val_batches(batches: Loader, signals: StopSignals) -> Iterable[Batch]:
@@ -400,6 +413,7 @@ def _train_epoch(
         unit="step",
         leave=False,
         dynamic_ncols=True,
+        mininterval=0.1 if sys.stderr.isatty() else 10,  # seconds; a log file keeps every line of a weekend
         disable=distributed.rank() > 0,
     ) as bar:
         remaining = batches.epoch(trainer.epoch, trainer.step)

@@ -2,6 +2,7 @@
 
 import math
 import random
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -42,6 +43,8 @@ class Trainer:
         self._replica: nn.Module = self.model
         if config.processes > 1:
             self._replica = DistributedDataParallel(self.model)
+            # It compares the strides of dimensions of size 1 too, where they mean nothing; others do match.
+            warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
             # All processes have the same weights now; from here on each draws its own random numbers.
             if distributed.rank() > 0:
                 torch.manual_seed(derive_seed(config.seed, "process", distributed.rank()))
@@ -56,10 +59,24 @@ class Trainer:
         self.criterion = make_loss(config.label_smoothing)
         self._buffers = list(self.model.buffers())
         self._buffers_before = [torch.empty_like(buffer) for buffer in self._buffers]
+        if config.processes > 1:
+            self._settle_buckets()
         self.best = -1.0
         self.bad_steps = 0
         self.epoch = -1
         self._start_epoch()
+
+    def _settle_buckets(self) -> None:
+        """A backward pass that changes nothing, after which gradients are always added up in the same order.
+
+        DistributedDataParallel arranges them anew after its first one. With more than two processes that changes the
+        last bits: without this, a resumed run would differ from one that was left alone.
+        """
+        torch._foreach_copy_(self._buffers_before, self._buffers)
+        size = self.config.input_size
+        self._replica(torch.zeros(2, 3, size, size, device=self.device)).sum().backward()
+        self.model.zero_grad()
+        torch._foreach_copy_(self._buffers, self._buffers_before)
 
     def _start_epoch(self) -> None:
         self.epoch += 1

@@ -1,5 +1,6 @@
 """Weights from files, to start a run from."""
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from effnet_fast.interop import from_timm, from_torchvision
 from effnet_fast.model import EfficientNet
+from effnet_fast.run_folder import check_archive
 
 
 def load_weights(model: EfficientNet, path: Path) -> list[str]:
@@ -21,12 +23,15 @@ def load_weights(model: EfficientNet, path: Path) -> list[str]:
     Raises ValueError whose line names the file: unreadable, of other names, or of another model.
     """
     state = _read(path)
-    if "features.0.0.weight" in state:
-        source, weights = "torchvision", from_torchvision(state)
-    elif "conv_stem.weight" in state:
-        source, weights = "timm", from_timm(state)
-    else:
-        source, weights = "effnet_fast", dict(state)
+    try:
+        if "features.0.0.weight" in state:
+            source, weights = "torchvision", from_torchvision(state)
+        elif "conv_stem.weight" in state:
+            source, weights = "timm", from_timm(state)
+        else:
+            source, weights = "effnet_fast", dict(state)
+    except ValueError as error:
+        raise ValueError(f"--weights: {path}: {error}") from None
     lines = [f"Weights of {source} from {path}"]
     expected = model.state_dict()
     classifier = weights.get("classifier.weight")
@@ -50,7 +55,12 @@ def _read(path: Path) -> Mapping[str, Tensor]:
         if path.suffix == ".safetensors":
             content = safetensors.torch.load_file(path)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            with open(path, "rb") as file:
+                # torch before 1.6 wrote no zip files.
+                if zipfile.is_zipfile(file):
+                    check_archive(file)
+                file.seek(0)
+                content = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ValueError(f"--weights: {path}: {error.strerror or error}") from None
     # Damaged files raise nearly every built-in exception.

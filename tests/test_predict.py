@@ -91,7 +91,8 @@ def test_table(run: Path, images: Path, call: Callable[..., Result]) -> None:
 def test_names_from_stdin(images: Path, call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
     strange = images.parent / os.fsdecode(b"not utf-8 \xff.png")
     strange.write_bytes((images / "01.png").read_bytes())
-    names = b"\n".join(map(os.fsencode, [images / "02.png", strange, images / "below"]))
+    # An empty line is no name: as a path it would be the current folder.
+    names = b"\n".join([*map(os.fsencode, [images / "02.png", strange]), b"", os.fsencode(images / "below"), b""])
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(names)))
     status, out, err = call("--json", "-")
     assert (status, err) == (0, [])

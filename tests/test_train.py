@@ -1,6 +1,7 @@
 """The training and evaluation commands: in processes of their own, some of them started as a user does."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -154,3 +155,47 @@ def test_evaluate_of_a_foreign_configuration_gets_one_line(
     (tmp_path / "best.pt").write_bytes((two_epochs / "best.pt").read_bytes())
     (tmp_path / "config.json").write_text(json.dumps(content))
     assert_evaluate_refuses(tmp_path, expected, capsys)
+
+
+@pytest.fixture(scope="module")
+def plain_step(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("steps") / "plain"
+    train_a_step(folder)
+    return folder
+
+
+def train_a_step(folder: Path, *options: str) -> None:
+    """Of one group of two batches."""
+    train(folder, "--variant", "tiny", "--limit-train", "32", "--epochs", "1", "--keep-checkpoints", "1", *options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *("--optimizer rmsprop-tf", "--optimizer sgd", "--optimizer adamw", "--weight-decay 0.1", "--lr 0.1"),
+        *("--label-smoothing 0.3", "--ema-decay 0.05", "--no-ema-warmup", "--accumulate 2", "--clip-grad 0.01"),
+        *("--mixup 0.2", "--cutmix 1", "--mixup 0.2 --cutmix 1", "--randaugment 9", "--augment reference"),
+        *("--autoaugment cifar10", "--autoaugment imagenet", "--augment reference --autoaugment svhn"),
+        *("--freeze stem,stages.0", "--amp bf16", "--amp fp16", "--seed 1"),
+    ],
+)
+def test_every_option_of_the_recipe_trains_another_model(plain_step: Path, tmp_path: Path, options: str) -> None:
+    folder = tmp_path / "run"
+    train_a_step(folder, *options.split())
+    (state, metrics), (plain, _) = results(folder), results(plain_step)
+    assert math.isfinite(metrics[0]["train_loss"])
+    assert all(tensor.isfinite().all() for tensor in state["ema"].values())
+    assert any(not torch.equal(tensor, state["ema"][name]) for name, tensor in plain["ema"].items())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *("--memory lean", "--memory min", "--profile", "--sync-bn", "--checkpoint-minutes 0", "--num-workers 0"),
+        "--schedule cosine",  # the warm-up is the same
+    ],
+)
+def test_other_options_train_the_same_model(plain_step: Path, tmp_path: Path, options: str) -> None:
+    train_a_step(tmp_path / "run", *options.split())
+    assert_same_bits(results(tmp_path / "run")[0]["ema"], results(plain_step)[0]["ema"])
+    assert (tmp_path / "run" / "trace.json").exists() == (options == "--profile")

@@ -2,6 +2,7 @@
 
 import pickle
 import random
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ import timm
 import torch
 import torchvision
 
-from effnet_fast import create_model
+from effnet_fast import Scaling, create_model
+from effnet_fast.interop import to_torchvision
 from effnet_fast.weights import load_weights
+from tests.test_resume import mutated
 
 
 @pytest.fixture(scope="module")
@@ -88,5 +91,37 @@ def test_other_files_get_one_line_and_execute_nothing(
     path = tmp_path / "w.safetensors"
     path.write_bytes(random.Random(0).randbytes(1000))
     refuse("damaged, or not a file of weights")
+    # Any file of zeros packs to a thousandth of its size.
+    torch.save(official.state_dict(), tmp_path / "w.pth")
+    path = tmp_path / "bomb.pth"
+    with zipfile.ZipFile(tmp_path / "w.pth") as original, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as bomb:
+        for member in original.infolist():
+            bomb.writestr(member.filename, original.read(member))
+    refuse("damaged, or not a file of weights")
     assert not (tmp_path / "executed").exists()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors", "legacy.pth"])
+def test_mutated_files_are_refused_or_read(tmp_path: Path, suffix: str) -> None:
+    model = create_model(Scaling(0.3, 0.25), 7, family="paper")
+    path = tmp_path / f"w{suffix}"
+    state = to_torchvision(model.state_dict())
+    if suffix == ".safetensors":
+        safetensors.torch.save_file(state, path)
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=suffix == ".pth")
+    raw, rng = path.read_bytes(), random.Random(0)
+    messages = []
+    for _ in range(200):
+        content = mutated(raw, rng)
+        path.write_bytes(content)
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        try:
+            load_weights(model, path)
+        except ValueError as error:
+            messages.append(str(error))
+            assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+        assert path.read_bytes() == content
+    assert all(str(path) in message and "\n" not in message for message in messages)
+    assert 50 < len(messages) < 200
