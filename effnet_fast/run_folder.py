@@ -149,8 +149,10 @@ class RunFolder:
             raise RunError(f"{path}: can't be written: {error.strerror}") from None
 
     def metrics(self) -> list[dict[str, float]]:
-        """All epochs so far."""
-        return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
+        """All epochs so far; a last line that was cut off is left out."""
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def save_checkpoint(self, state: dict[str, Any], *, best: bool, keep: int = 1) -> None:
         """Replace checkpoint.pt, and best.pt too if `best`.

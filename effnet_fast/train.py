@@ -5,7 +5,7 @@ import random
 import resource
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from datetime import datetime, timedelta
@@ -134,7 +134,18 @@ def _parser() -> ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> None:
+def configuration(argv: list[str]) -> Config:
+    """What the command would train, in a new run, with these options. Ends the process where they are wrong."""
+    parser = _parser()
+    args = vars(parser.parse_args(argv))
+    del args["output"], args["resume"]
+    try:
+        return _config(args)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def main(argv: list[str] | None = None, after_epoch: Callable[[], None] | None = None) -> None:
     keep_freed_memory()
     parser = _parser()
     try:
@@ -143,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
             # No process may write before all have seen what is there.
             distributed.largest(0, device=torch.device(config.device))
             with use_backend(config.backend):
-                train(config, output, resume=resume, state=state)
+                train(config, output, resume=resume, state=state, after_epoch=after_epoch)
         return
     except Stopped as stopped:
         status, message = stopped.status, f"{stopped}; go on with --resume auto --output {output}"
@@ -236,10 +247,18 @@ def _device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def train(config: Config, output: Path, *, resume: bool = False, state: dict[str, Any] | None = None) -> None:
+def train(
+    config: Config,
+    output: Path,
+    *,
+    resume: bool = False,
+    state: dict[str, Any] | None = None,
+    after_epoch: Callable[[], None] | None = None,
+) -> None:
     """Train and write the run folder (see the README).
 
     resume: go on with the run that is in `output`, from `state` (of a checkpoint) or from its beginning.
+    after_epoch: called, in process 0, when an epoch's metrics and checkpoint are written.
 
     Raises DataError, RunError or ValueError, whose message is one line, and Stopped after SIGTERM and SIGINT.
     """
@@ -335,6 +354,8 @@ def train(config: Config, output: Path, *, resume: bool = False, state: dict[str
                         f"top-1 {raw.top1:.2f} %, EMA {averaged.top1:.2f} %, {images_per_second:.0f} images/s, "
                         f"{metrics['seconds']:.0f} s"
                     )
+                    if after_epoch is not None:
+                        after_epoch()
         except Stopped:
             checkpoints.save()
             raise
