@@ -23,6 +23,7 @@ class Stage(NamedTuple):
 
 
 STEM_CHANNELS, HEAD_CHANNELS = 32, 1280
+STEM_STRIDE = 2
 
 # EfficientNet-B0 (paper, table 1)
 STAGES = (
@@ -53,6 +54,7 @@ class EfficientNet(nn.Module):
 
     se_from: squeeze-excite is a quarter as wide as the block's "expanded" channels or its "input".
     drop_rate: dropout before the classifier. drop_path_rate: grows linearly from 0 over the blocks.
+    stem_stride: of the first convolution; 1 keeps small images, as CIFAR-10's, at their size there.
     pad_type: "symmetric" (torch) or "same" (TensorFlow, timm's ``tf_`` models).
     init: "torch" or "fan_out", see `scaling.Family`.
     memory: what the compiled passes keep for backward: "fast", "lean" (not the expanded tensors, they are computed
@@ -66,6 +68,7 @@ class EfficientNet(nn.Module):
         *,
         se_from: Literal["expanded", "input"] = "expanded",
         in_chans: int = 3,
+        stem_stride: int = STEM_STRIDE,
         drop_rate: float = 0.2,
         drop_path_rate: float = 0.2,
         bn_eps: float = 1e-5,
@@ -81,17 +84,18 @@ class EfficientNet(nn.Module):
             "num_classes": num_classes,
             "se_from": se_from,
             "in_chans": in_chans,
+            "stem_stride": stem_stride,
             "drop_rate": drop_rate,
             "drop_path_rate": drop_path_rate,
             "bn_eps": bn_eps,
             "bn_momentum": bn_momentum,
             "pad_type": pad_type,
         }
-        _check(num_classes, in_chans, drop_rate, drop_path_rate, bn_eps, bn_momentum, pad_type, init)
+        _check(num_classes, in_chans, stem_stride, drop_rate, drop_path_rate, bn_eps, bn_momentum, pad_type, init)
         check_memory(memory)
         channels = scaling.channels(STEM_CHANNELS)
         norm: dict[str, Any] = {"bn_eps": bn_eps, "bn_momentum": bn_momentum}
-        self.stem = ConvBN(in_chans, channels, 3, 2, pad_type=pad_type, memory=memory, **norm)
+        self.stem = ConvBN(in_chans, channels, 3, stem_stride, pad_type=pad_type, memory=memory, **norm)
         total = sum(scaling.repeats(stage.repeats) for stage in STAGES)
         built = 0
         self.stages = nn.ModuleList()
@@ -177,7 +181,13 @@ class EfficientNet(nn.Module):
             with torch.device("meta"):
                 if path.suffix == ".pt":
                     classes = len(state["classifier.bias"])
-                    model = create_model(config["variant"], classes, family=config["family"], memory=memory)
+                    model = create_model(
+                        config["variant"],
+                        classes,
+                        family=config["family"],
+                        stem_stride=config.get("stem_stride", STEM_STRIDE),
+                        memory=memory,
+                    )
                 else:
                     scaling = Scaling(**config["scaling"])
                     if scaling.depth > len(state):  # blocks cost time nevertheless
@@ -193,12 +203,13 @@ class EfficientNet(nn.Module):
     def feature_info(self) -> list[FeatureInfo]:
         """Of the maps that `feature_maps` returns, in its order."""
         scaling = Scaling(**self._config["scaling"])
-        return [FeatureInfo(scaling.channels(STAGES[stage].channels), 2**i) for i, stage in enumerate(PYRAMID, 1)]
+        first = self._config["stem_stride"]
+        return [FeatureInfo(scaling.channels(STAGES[stage].channels), first * 2**i) for i, stage in enumerate(PYRAMID)]
 
     def feature_maps(self, x: Tensor) -> list[Tensor]:
         """The last map of each size, for a network that takes this one as its backbone: as timm's features_only.
 
-        Five maps [N, channels, ~H / stride, ~W / stride] of `feature_info`, strides 2 to 32. The head takes no part.
+        Five maps [N, channels, ~H / stride, ~W / stride] of `feature_info`. The head takes no part.
         """
         maps = []
         x = self.stem(x)
@@ -225,6 +236,7 @@ def create_model(
     *,
     family: str = "reference",
     in_chans: int = 3,
+    stem_stride: int = STEM_STRIDE,
     drop_rate: float | None = None,
     drop_path_rate: float | None = None,
     bn_eps: float | None = None,
@@ -246,6 +258,7 @@ def create_model(
         num_classes,
         se_from=fam.se_from,
         in_chans=in_chans,
+        stem_stride=stem_stride,
         drop_rate=preset.drop_rate if drop_rate is None else drop_rate,
         drop_path_rate=preset.drop_path_rate if drop_path_rate is None else drop_path_rate,
         bn_eps=preset.bn_eps if bn_eps is None else bn_eps,
@@ -259,6 +272,7 @@ def create_model(
 def _check(
     num_classes: int,
     in_chans: int,
+    stem_stride: int,
     drop_rate: float,
     drop_path_rate: float,
     bn_eps: float,
@@ -266,7 +280,7 @@ def _check(
     pad_type: str,
     init: str,
 ) -> None:
-    for name, count in (("num_classes", num_classes), ("in_chans", in_chans)):
+    for name, count in (("num_classes", num_classes), ("in_chans", in_chans), ("stem_stride", stem_stride)):
         if count < 1:
             raise ValueError(f"{name}: got {count}, must be at least 1")
     for name, rate in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):

@@ -238,7 +238,8 @@ def _progress(runs: list[Run]) -> str:
 
 
 def _macs(config: Config) -> int:
-    return study_report.counts(config.variant, config.family, CLASSES, config.resolution).macs
+    counts = study_report.counts(config.variant, config.family, CLASSES, config.resolution, config.stem_stride)
+    return counts.macs
 
 
 def _measure_eager(runs: list[Run], output: Path, signals: StopSignals) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from effnet_fast.doctor import processor
+from effnet_fast.model import STEM_STRIDE
 from effnet_fast.plots import plot_scaling, plot_training
 from effnet_fast.run_folder import RunError, RunFolder, write_atomic
 from effnet_fast.summary import PUBLISHED, count
@@ -60,7 +61,13 @@ def collect(output: Path) -> Results:
         for name, value in settings(config).items():
             if common.get(name, value) != value:
                 raise RunError(f"{path}: {name} is {value}, other runs of recipe {recipe} have {common[name]}")
-        size = counts(config["variant"], config["family"], len(config["classes"]), config["resolution"])
+        size = counts(
+            config["variant"],
+            config["family"],
+            len(config["classes"]),
+            config["resolution"],
+            config.get("stem_stride", STEM_STRIDE),
+        )
         runs.append(
             {
                 "recipe": recipe,

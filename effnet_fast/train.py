@@ -28,10 +28,11 @@ from effnet_fast.config import Config, fixed_difference, stored_options
 from effnet_fast.data import DATASETS, load_dataset
 from effnet_fast.evaluate import evaluate
 from effnet_fast.memory import keep_freed_memory
+from effnet_fast.model import STEM_STRIDE
 from effnet_fast.ops.memory_policy import Memory
 from effnet_fast.passes.backend import BACKENDS, current, use_backend
 from effnet_fast.plots import plot_curves
-from effnet_fast.recipe import EMA_DECAY, LABEL_SMOOTHING, OPTIMIZERS, SCHEDULES, default_lr
+from effnet_fast.recipe import EMA_DECAY, LABEL_SMOOTHING, OPTIMIZERS, SCHEDULES, WARMUP_EPOCHS, default_lr
 from effnet_fast.run_folder import RunError, RunFolder, read_checkpoint
 from effnet_fast.scaling import BASE_RESOLUTION, FAMILIES, VARIANTS
 from effnet_fast.signals import Stopped, StopSignals
@@ -44,6 +45,12 @@ def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m effnet_fast.train", description=__doc__)
     parser.add_argument("--variant", choices=VARIANTS, default="baseline", help="default: baseline")
     parser.add_argument("--family", choices=FAMILIES, default="reference", help="default: reference")
+    parser.add_argument(
+        "--stem-stride",
+        type=at_least(1),
+        default=STEM_STRIDE,
+        help="of the first convolution; 1 suits images of 32 pixels; default: 2",
+    )
     parser.add_argument("--dataset", choices=DATASETS, default="cifar10", help="default: cifar10")
     parser.add_argument("--data-dir", help="where the images are; cifar10 without it downloads to ./data")
     parser.add_argument(
@@ -80,7 +87,13 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="rmsprop", help="default: rmsprop")
     parser.add_argument("--weight-decay", type=at_least(0.0), help="default: the optimizer's, 1e-5 for rmsprop")
     parser.add_argument(
-        "--schedule", choices=SCHEDULES, default="exponential", help="after ten epochs of warm-up; default: exponential"
+        "--schedule", choices=SCHEDULES, default="exponential", help="after the warm-up; default: exponential"
+    )
+    parser.add_argument(
+        "--warmup-epochs",
+        type=at_least(0),
+        default=WARMUP_EPOCHS,
+        help="in which the learning rate grows to its peak; default: 10",
     )
     parser.add_argument("--label-smoothing", type=at_least(0.0), default=LABEL_SMOOTHING, help="default: 0.1")
     parser.add_argument("--ema-decay", type=at_least(0.0), default=EMA_DECAY, help="default: 0.9999")
