@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from statistics import mean, median
@@ -168,8 +169,8 @@ def _train_all(runs: list[Run], output: Path, measure_eager: bool, signals: Stop
     return failed
 
 
-# A run has a process of its own so that its peak memory is its own. It is forked from one that has imported everything
-# and does nothing else: that takes no time, and the program does not change under a study that lasts for hours.
+# A run has a process of its own so that its peak memory is its own. It is forked from one that has imported what trains
+# and does nothing else: that takes no time, and what trains does not change under a study that lasts for hours.
 
 
 def _in_child(function: Callable[..., None], *args: Any, signals: StopSignals) -> int:
@@ -178,9 +179,10 @@ def _in_child(function: Callable[..., None], *args: Any, signals: StopSignals) -
     A terminal or a supervisor may send signals to both: those from elsewhere the child does not see.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["effnet_fast.study"])
+    context.set_forkserver_preload([train.__name__, cam.__name__, study_report.__name__])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(receiver, function, *args))
+    resource_tracker.ensure_running()  # starting it would end the blocking
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         process.start()
@@ -199,6 +201,7 @@ def _in_child(function: Callable[..., None], *args: Any, signals: StopSignals) -
 
 def _child(parent: Connection, function: Callable[..., None], *args: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    multiprocessing.set_start_method(None, force=True)  # the system's default, which a forked process does not have
     threading.Thread(target=_obey, args=(parent,), daemon=True).start()
     function(*args)
 
