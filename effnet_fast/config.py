@@ -7,7 +7,7 @@ from effnet_fast.scaling import get_family, get_variant
 
 # What a checkpoint's tensors and its place in the training data depend on.
 FIXED_ON_RESUME = (
-    *("variant", "family", "stem_stride", "dataset", "resolution", "augment", "seed", "limit_train"),
+    *("variant", "family", "strides", "dataset", "resolution", "augment", "seed", "limit_train"),
     *("batch_size", "accumulate", "optimizer", "freeze", "processes"),
 )
 
@@ -18,7 +18,7 @@ class Config:
 
     variant: str
     family: str
-    stem_stride: int
+    strides: list
     dataset: str
     data_dir: str | None
     verify: bool

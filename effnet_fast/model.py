@@ -1,5 +1,7 @@
 """EfficientNet: a seven-row stage table, scaled."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -23,7 +25,6 @@ class Stage(NamedTuple):
 
 
 STEM_CHANNELS, HEAD_CHANNELS = 32, 1280
-STEM_STRIDE = 2
 
 # EfficientNet-B0 (paper, table 1)
 STAGES = (
@@ -36,10 +37,10 @@ STAGES = (
     Stage(1, 3, 1, 6, 320),
 )
 
-SE_RATIO = 0.25
+# Of the stem, and of each stage's first block.
+STRIDES = (2, *(stage.stride for stage in STAGES))
 
-# The last stage before each halving of the map, and the last of all.
-PYRAMID = (*(i for i, following in enumerate(STAGES[1:]) if following.stride == 2), len(STAGES) - 1)
+SE_RATIO = 0.25
 
 
 class FeatureInfo(NamedTuple):
@@ -54,7 +55,7 @@ class EfficientNet(nn.Module):
 
     se_from: squeeze-excite is a quarter as wide as the block's "expanded" channels or its "input".
     drop_rate: dropout before the classifier. drop_path_rate: grows linearly from 0 over the blocks.
-    stem_stride: of the first convolution; 1 keeps small images, as CIFAR-10's, at their size there.
+    strides: eight, of the stem and of each stage's first block, 1 or 2; fewer twos keep small images' maps large.
     pad_type: "symmetric" (torch) or "same" (TensorFlow, timm's ``tf_`` models).
     init: "torch" or "fan_out", see `scaling.Family`.
     memory: what the compiled passes keep for backward: "fast", "lean" (not the expanded tensors, they are computed
@@ -68,7 +69,7 @@ class EfficientNet(nn.Module):
         *,
         se_from: Literal["expanded", "input"] = "expanded",
         in_chans: int = 3,
-        stem_stride: int = STEM_STRIDE,
+        strides: Sequence[int] = STRIDES,
         drop_rate: float = 0.2,
         drop_path_rate: float = 0.2,
         bn_eps: float = 1e-5,
@@ -84,22 +85,22 @@ class EfficientNet(nn.Module):
             "num_classes": num_classes,
             "se_from": se_from,
             "in_chans": in_chans,
-            "stem_stride": stem_stride,
+            "strides": list(strides),
             "drop_rate": drop_rate,
             "drop_path_rate": drop_path_rate,
             "bn_eps": bn_eps,
             "bn_momentum": bn_momentum,
             "pad_type": pad_type,
         }
-        _check(num_classes, in_chans, stem_stride, drop_rate, drop_path_rate, bn_eps, bn_momentum, pad_type, init)
+        _check(num_classes, in_chans, strides, drop_rate, drop_path_rate, bn_eps, bn_momentum, pad_type, init)
         check_memory(memory)
         channels = scaling.channels(STEM_CHANNELS)
         norm: dict[str, Any] = {"bn_eps": bn_eps, "bn_momentum": bn_momentum}
-        self.stem = ConvBN(in_chans, channels, 3, stem_stride, pad_type=pad_type, memory=memory, **norm)
+        self.stem = ConvBN(in_chans, channels, 3, strides[0], pad_type=pad_type, memory=memory, **norm)
         total = sum(scaling.repeats(stage.repeats) for stage in STAGES)
         built = 0
         self.stages = nn.ModuleList()
-        for stage in STAGES:
+        for stage, stride in zip(STAGES, strides[1:], strict=True):
             blocks = []
             for i in range(scaling.repeats(stage.repeats)):
                 out = scaling.channels(stage.channels)
@@ -109,7 +110,7 @@ class EfficientNet(nn.Module):
                         channels,
                         out,
                         stage.kernel,
-                        stage.stride if i == 0 else 1,
+                        stride if i == 0 else 1,
                         stage.expand_ratio,
                         max(1, int(SE_RATIO * se_base)),
                         drop_path_rate=drop_path_rate * built / total,
@@ -185,7 +186,7 @@ class EfficientNet(nn.Module):
                         config["variant"],
                         classes,
                         family=config["family"],
-                        stem_stride=config.get("stem_stride", STEM_STRIDE),
+                        strides=config.get("strides", STRIDES),
                         memory=memory,
                     )
                 else:
@@ -202,25 +203,31 @@ class EfficientNet(nn.Module):
     @property
     def feature_info(self) -> list[FeatureInfo]:
         """Of the maps that `feature_maps` returns, in its order."""
-        scaling = Scaling(**self._config["scaling"])
-        first = self._config["stem_stride"]
-        return [FeatureInfo(scaling.channels(STAGES[stage].channels), first * 2**i) for i, stage in enumerate(PYRAMID)]
+        scaling, strides = Scaling(**self._config["scaling"]), self._config["strides"]
+        return [FeatureInfo(scaling.channels(STAGES[i].channels), math.prod(strides[: i + 2])) for i in self._pyramid()]
+
+    def _pyramid(self) -> list[int]:
+        """The last stage before each halving of the map, and the last of all."""
+        following = self._config["strides"][2:]
+        return [*(i for i, stride in enumerate(following) if stride == 2), len(STAGES) - 1]
 
     def feature_maps(self, x: Tensor) -> list[Tensor]:
         """The last map of each size, for a network that takes this one as its backbone: as timm's features_only.
 
-        Five maps [N, channels, ~H / stride, ~W / stride] of `feature_info`. The head takes no part.
+        Maps [N, channels, ~H / stride, ~W / stride] of `feature_info`: five, strides 2 to 32, unless the model has
+        `strides` of its own. The head takes no part.
         """
         maps = []
+        pyramid = self._pyramid()
         x = self.stem(x)
         for i, stage in enumerate(self.stages):
             x = stage(x)
-            if i in PYRAMID:
+            if i in pyramid:
                 maps.append(x)
         return maps
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """The head's feature map before pooling: [N, num_features, ~H / 32, ~W / 32]."""
+        """The head's feature map before pooling: [N, num_features, ~H / 32, ~W / 32], or as `strides` say."""
         x = self.stem(x)
         for stage in self.stages:
             x = stage(x)
@@ -236,7 +243,7 @@ def create_model(
     *,
     family: str = "reference",
     in_chans: int = 3,
-    stem_stride: int = STEM_STRIDE,
+    strides: Sequence[int] = STRIDES,
     drop_rate: float | None = None,
     drop_path_rate: float | None = None,
     bn_eps: float | None = None,
@@ -258,7 +265,7 @@ def create_model(
         num_classes,
         se_from=fam.se_from,
         in_chans=in_chans,
-        stem_stride=stem_stride,
+        strides=strides,
         drop_rate=preset.drop_rate if drop_rate is None else drop_rate,
         drop_path_rate=preset.drop_path_rate if drop_path_rate is None else drop_path_rate,
         bn_eps=preset.bn_eps if bn_eps is None else bn_eps,
@@ -272,7 +279,7 @@ def create_model(
 def _check(
     num_classes: int,
     in_chans: int,
-    stem_stride: int,
+    strides: Sequence[int],
     drop_rate: float,
     drop_path_rate: float,
     bn_eps: float,
@@ -280,9 +287,12 @@ def _check(
     pad_type: str,
     init: str,
 ) -> None:
-    for name, count in (("num_classes", num_classes), ("in_chans", in_chans), ("stem_stride", stem_stride)):
+    for name, count in (("num_classes", num_classes), ("in_chans", in_chans)):
         if count < 1:
             raise ValueError(f"{name}: got {count}, must be at least 1")
+    if len(strides) != len(STRIDES) or not set(strides) <= {1, 2}:
+        given = ",".join(map(str, strides))
+        raise ValueError(f"strides: got {given}, must be eight of 1 or 2, of the stem and the seven stages")
     for name, rate in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):
         if not 0 <= rate < 1:
             raise ValueError(f"{name}: got {rate}, must be in [0, 1)")

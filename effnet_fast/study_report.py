@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from effnet_fast.doctor import processor
-from effnet_fast.model import STEM_STRIDE
+from effnet_fast.model import STRIDES
 from effnet_fast.plots import plot_scaling, plot_training
 from effnet_fast.run_folder import RunError, RunFolder, write_atomic
 from effnet_fast.summary import PUBLISHED, count
@@ -66,7 +66,7 @@ def collect(output: Path) -> Results:
             config["family"],
             len(config["classes"]),
             config["resolution"],
-            config.get("stem_stride", STEM_STRIDE),
+            tuple(config.get("strides", STRIDES)),
         )
         runs.append(
             {

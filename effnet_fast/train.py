@@ -23,12 +23,12 @@ from tqdm import tqdm
 from effnet_fast import distributed
 from effnet_fast.amp import AMP_DTYPES
 from effnet_fast.augment import AUGMENTS, AUTOAUGMENTS, Batch, Loader, train_loader, val_loader
-from effnet_fast.cli import ArgumentParser, at_least, devices
+from effnet_fast.cli import ArgumentParser, at_least, devices, integers
 from effnet_fast.config import Config, fixed_difference, stored_options
 from effnet_fast.data import DATASETS, load_dataset
 from effnet_fast.evaluate import evaluate
 from effnet_fast.memory import keep_freed_memory
-from effnet_fast.model import STEM_STRIDE
+from effnet_fast.model import STRIDES
 from effnet_fast.ops.memory_policy import Memory
 from effnet_fast.passes.backend import BACKENDS, current, use_backend
 from effnet_fast.plots import plot_curves
@@ -46,10 +46,11 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--variant", choices=VARIANTS, default="baseline", help="default: baseline")
     parser.add_argument("--family", choices=FAMILIES, default="reference", help="default: reference")
     parser.add_argument(
-        "--stem-stride",
-        type=at_least(1),
-        default=STEM_STRIDE,
-        help="of the first convolution; 1 suits images of 32 pixels; default: 2",
+        "--strides",
+        type=integers,
+        default=list(STRIDES),
+        help="of the stem and the seven stages, with commas, 1 or 2: fewer twos suit images of 32 pixels; "
+        f"default: {','.join(map(str, STRIDES))}",
     )
     parser.add_argument("--dataset", choices=DATASETS, default="cifar10", help="default: cifar10")
     parser.add_argument("--data-dir", help="where the images are; cifar10 without it downloads to ./data")

@@ -40,7 +40,7 @@ class Trainer:
             config.variant,
             classes,
             family=config.family,
-            stem_stride=config.stem_stride,
+            strides=config.strides,
             memory=cast(Memory, config.memory),
         )
         self.model.to(self.device).to(memory_format=torch.channels_last)
