@@ -8,6 +8,7 @@ import hashlib
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from torchvision.transforms.v2 import functional as F
 from effnet_fast.data import DataError, Split, TensorSplit, resize_square, source_side
 from effnet_fast.signals import SIGNALS, obey_parent_only
 
-AUGMENTS = ("reference", "fast")
+AUGMENTS = ("reference", "fast", "crop")
 AUTOAUGMENTS = tuple(policy.value for policy in v2.AutoAugmentPolicy)
 
 # ImageNet's, of pixels in 0..1.
@@ -60,18 +61,19 @@ def train_loader(
         split: the examples.
         augment: `reference`: random resized crop, AutoAugment, flip and random erasing of one example at a
             time; or `fast`: the same with larger crops and without AutoAugment, of whole batches on the device,
-            from pixels that are kept there.
+            from pixels that are kept there; or `crop`: as `fast`, but the crop is a window at validation's scale,
+            moved by up to an eighth of `size` beyond the edges, where pixels are mirrored.
         size: of the batches, in pixels.
         batch_size: examples.
         seed: of everything random.
-        num_workers: processes that augment; `fast` needs none and starts none.
+        num_workers: processes that augment; only `reference` needs them and starts them.
         device: where the batches are.
         mixup: alpha of the Beta(alpha, alpha) distribution that each batch's mixing ratio is drawn from;
             0 mixes nothing.
         cutmix: the same of CutMix. With both, each batch takes one of them.
         num_classes: needed with mixup and cutmix.
-        autoaugment: AutoAugment policy of AUTOAUGMENTS; None is cifar10 in `reference`, no AutoAugment in `fast`.
-        randaugment: magnitude of RandAugment in place of AutoAugment. In `fast`, both cost a call an image.
+        autoaugment: AutoAugment policy of AUTOAUGMENTS; None is cifar10 in `reference`, no AutoAugment in the others.
+        randaugment: magnitude of RandAugment in place of AutoAugment. In `fast` and `crop`, both cost a call an image.
         shard: (number, count) of the process among those that share each step: together their batches are one of
             `count * batch_size` examples, augmented as it would be in one process.
 
@@ -82,11 +84,18 @@ def train_loader(
     _check_arguments(split, augment, size, batch_size, num_workers)
     policy = _policy(autoaugment, randaugment)
     fetch: Callable[[_Job], Batch]
-    if augment == "fast":
-        num_workers = 0
-        fetch = _FastTraining(split.to_tensor(size), size, seed, torch.device(device), policy)
-    else:
+    if augment == "reference":
         fetch = _ReferenceTraining(split, size, seed, policy or v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10))
+    else:
+        num_workers = 0
+        boxes = random_crops
+        tensors = split.to_tensor(size)
+        if augment == "crop":
+            boxes = partial(random_windows, size=size)
+            tensors = TensorSplit(
+                mirror_edges(resize_square(tensors.images, source_side(size)), size // 8), tensors.labels
+            )
+        fetch = _FastTraining(tensors, size, seed, torch.device(device), policy, boxes)
     return Loader(
         fetch,
         len(split),
@@ -111,15 +120,15 @@ def val_loader(
 ) -> "Loader":
     """Every example in order: resized to int(size / 0.875), bicubic, and its centre cropped to `size`.
 
-    The batches are the same for every `augment`. `fast` reads an image folder once and keeps its pixels on
-    the device, `reference` reads it again in every epoch, in `num_workers` processes.
+    The batches are the same for every `augment`. `reference` reads an image folder again in every epoch, in
+    `num_workers` processes; the others read it once and keep its pixels on the device.
 
     shard: (number, count) of the process among those that share the batches; each batch is one process's.
     Other Args, and Raises: as `train_loader`.
     """
     _check_arguments(split, augment, size, batch_size, num_workers)
     fetch: Callable[[_Job], Batch]
-    if augment == "fast" or isinstance(split, TensorSplit):
+    if augment != "reference" or isinstance(split, TensorSplit):
         num_workers = 0
         fetch = _TensorValidation(split.to_tensor(size), size, torch.device(device))
     else:
@@ -364,7 +373,7 @@ class _FileValidation:
         return validation_images(images, self.size), torch.tensor(labels)
 
 
-# fast
+# fast, crop
 
 
 class _TensorValidation:
@@ -380,19 +389,26 @@ class _TensorValidation:
 
 class _FastTraining:
     def __init__(
-        self, split: TensorSplit, size: int, seed: int, device: torch.device, policy: v2.Transform | None
+        self,
+        split: TensorSplit,
+        size: int,
+        seed: int,
+        device: torch.device,
+        policy: v2.Transform | None,
+        random_boxes: Callable[[torch.Generator, int, int, int], Tensor],
     ) -> None:
         self.images = split.images.to(device)
         self.labels = split.labels.to(device)
         self.size = size
         self.seed = seed
         self.policy = policy
+        self.random_boxes = random_boxes
 
     def __call__(self, job: _Job) -> Batch:
         generator = _generator(self.seed, job.epoch, "augment", job.position)
         # Drawn for the examples of all processes.
         count = len(job.indices)
-        boxes = random_crops(generator, count, self.images.shape[2], self.images.shape[3])[job.part]
+        boxes = self.random_boxes(generator, count, self.images.shape[2], self.images.shape[3])[job.part]
         flipped = (torch.rand(count, generator=generator) < 0.5)[job.part]
         holes = random_holes(generator, count, self.size)[job.part]
         chosen = torch.tensor(job.indices[job.part], device=self.images.device)
@@ -469,6 +485,22 @@ def random_crops(generator: torch.Generator, count: int, height: int, width: int
         largest=(height, width),
         otherwise=(height, width),
     )
+
+
+def random_windows(generator: torch.Generator, count: int, height: int, width: int, *, size: int) -> Tensor:
+    """Boxes of `size` pixels at random places: int64 [count, 4], (top, left, height, width), on the CPU."""
+    corners = [torch.randint(side - size + 1, (count,), generator=generator) for side in (height, width)]
+    return torch.stack([*corners, *torch.full((2, count), size)], 1)
+
+
+def mirror_edges(images: Tensor, pixels: int) -> Tensor:
+    """Continue images [N, 3, H, W] by so many pixels on every side, mirrored in the outermost ones."""
+    height, width = (torch.arange(-pixels, side + pixels) for side in images.shape[2:])
+    rows, columns = (
+        (side - 1) - ((side - 1) - index.abs()).abs()
+        for index, side in zip((height, width), images.shape[2:], strict=True)
+    )
+    return images[:, :, rows][:, :, :, columns]
 
 
 def random_holes(generator: torch.Generator, count: int, size: int) -> Tensor:

@@ -40,6 +40,14 @@ def at_least(minimum: Number) -> Callable[[str], Number]:
     return parse
 
 
+def integers(text: str) -> list[int]:
+    """An option's type: integers with commas between."""
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}, must be integers with commas between") from None
+
+
 def devices() -> list[str]:
     """The names that --device may have here."""
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]

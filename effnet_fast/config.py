@@ -7,7 +7,7 @@ from effnet_fast.scaling import get_family, get_variant
 
 # What a checkpoint's tensors and its place in the training data depend on.
 FIXED_ON_RESUME = (
-    *("variant", "family", "dataset", "resolution", "augment", "seed", "limit_train"),
+    *("variant", "family", "strides", "dataset", "resolution", "augment", "seed", "limit_train"),
     *("batch_size", "accumulate", "optimizer", "freeze", "processes"),
 )
 
@@ -18,6 +18,7 @@ class Config:
 
     variant: str
     family: str
+    strides: list
     dataset: str
     data_dir: str | None
     verify: bool
@@ -37,6 +38,7 @@ class Config:
     optimizer: str
     weight_decay: float
     schedule: str
+    warmup_epochs: int
     label_smoothing: float
     ema_decay: float
     ema_warmup: bool
@@ -78,6 +80,9 @@ def stored_options(stored: Any) -> dict[str, Any]:
 
 
 def fixed_difference(stored: dict[str, Any], options: dict[str, Any]) -> str | None:
-    """The first option that a run can't go on with because it is another one than before; None if there is none."""
-    different = (name for name in FIXED_ON_RESUME if stored.get(name) != options.get(name))
+    """The first option that a run can't go on with because it is another one than before; None if there is none.
+
+    Options that are newer than the run do not count.
+    """
+    different = (name for name in FIXED_ON_RESUME if name in stored and stored[name] != options.get(name))
     return next(different, None)

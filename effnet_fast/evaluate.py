@@ -15,7 +15,7 @@ from effnet_fast.cli import ArgumentParser, devices
 from effnet_fast.config import stored_options
 from effnet_fast.data import load_dataset
 from effnet_fast.memory import keep_freed_memory
-from effnet_fast.model import create_model
+from effnet_fast.model import STRIDES, create_model
 from effnet_fast.passes.backend import use_backend
 from effnet_fast.run_folder import RunError, RunFolder
 from effnet_fast.run_model import add_run_arguments
@@ -104,7 +104,8 @@ def _report(run_path: Path, checkpoint: str, data_dir: str | None, device_name: 
         device=device,
     )
     classes = len(data.classes)
-    model = create_model(config["variant"], classes, family=config["family"])
+    strides = config.get("strides", STRIDES)
+    model = create_model(config["variant"], classes, family=config["family"], strides=strides)
     model.to(device).to(memory_format=torch.channels_last)
     results = {}
     for weights in ("model", "ema"):

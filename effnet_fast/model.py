@@ -1,5 +1,7 @@
 """EfficientNet: a seven-row stage table, scaled."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -35,10 +37,10 @@ STAGES = (
     Stage(1, 3, 1, 6, 320),
 )
 
-SE_RATIO = 0.25
+# Of the stem, and of each stage's first block.
+STRIDES = (2, *(stage.stride for stage in STAGES))
 
-# The last stage before each halving of the map, and the last of all.
-PYRAMID = (*(i for i, following in enumerate(STAGES[1:]) if following.stride == 2), len(STAGES) - 1)
+SE_RATIO = 0.25
 
 
 class FeatureInfo(NamedTuple):
@@ -53,6 +55,7 @@ class EfficientNet(nn.Module):
 
     se_from: squeeze-excite is a quarter as wide as the block's "expanded" channels or its "input".
     drop_rate: dropout before the classifier. drop_path_rate: grows linearly from 0 over the blocks.
+    strides: eight, of the stem and of each stage's first block, 1 or 2; fewer twos keep small images' maps large.
     pad_type: "symmetric" (torch) or "same" (TensorFlow, timm's ``tf_`` models).
     init: "torch" or "fan_out", see `scaling.Family`.
     memory: what the compiled passes keep for backward: "fast", "lean" (not the expanded tensors, they are computed
@@ -66,6 +69,7 @@ class EfficientNet(nn.Module):
         *,
         se_from: Literal["expanded", "input"] = "expanded",
         in_chans: int = 3,
+        strides: Sequence[int] = STRIDES,
         drop_rate: float = 0.2,
         drop_path_rate: float = 0.2,
         bn_eps: float = 1e-5,
@@ -81,21 +85,22 @@ class EfficientNet(nn.Module):
             "num_classes": num_classes,
             "se_from": se_from,
             "in_chans": in_chans,
+            "strides": list(strides),
             "drop_rate": drop_rate,
             "drop_path_rate": drop_path_rate,
             "bn_eps": bn_eps,
             "bn_momentum": bn_momentum,
             "pad_type": pad_type,
         }
-        _check(num_classes, in_chans, drop_rate, drop_path_rate, bn_eps, bn_momentum, pad_type, init)
+        _check(num_classes, in_chans, strides, drop_rate, drop_path_rate, bn_eps, bn_momentum, pad_type, init)
         check_memory(memory)
         channels = scaling.channels(STEM_CHANNELS)
         norm: dict[str, Any] = {"bn_eps": bn_eps, "bn_momentum": bn_momentum}
-        self.stem = ConvBN(in_chans, channels, 3, 2, pad_type=pad_type, memory=memory, **norm)
+        self.stem = ConvBN(in_chans, channels, 3, strides[0], pad_type=pad_type, memory=memory, **norm)
         total = sum(scaling.repeats(stage.repeats) for stage in STAGES)
         built = 0
         self.stages = nn.ModuleList()
-        for stage in STAGES:
+        for stage, stride in zip(STAGES, strides[1:], strict=True):
             blocks = []
             for i in range(scaling.repeats(stage.repeats)):
                 out = scaling.channels(stage.channels)
@@ -105,7 +110,7 @@ class EfficientNet(nn.Module):
                         channels,
                         out,
                         stage.kernel,
-                        stage.stride if i == 0 else 1,
+                        stride if i == 0 else 1,
                         stage.expand_ratio,
                         max(1, int(SE_RATIO * se_base)),
                         drop_path_rate=drop_path_rate * built / total,
@@ -177,7 +182,13 @@ class EfficientNet(nn.Module):
             with torch.device("meta"):
                 if path.suffix == ".pt":
                     classes = len(state["classifier.bias"])
-                    model = create_model(config["variant"], classes, family=config["family"], memory=memory)
+                    model = create_model(
+                        config["variant"],
+                        classes,
+                        family=config["family"],
+                        strides=config.get("strides", STRIDES),
+                        memory=memory,
+                    )
                 else:
                     scaling = Scaling(**config["scaling"])
                     if scaling.depth > len(state):  # blocks cost time nevertheless
@@ -192,24 +203,31 @@ class EfficientNet(nn.Module):
     @property
     def feature_info(self) -> list[FeatureInfo]:
         """Of the maps that `feature_maps` returns, in its order."""
-        scaling = Scaling(**self._config["scaling"])
-        return [FeatureInfo(scaling.channels(STAGES[stage].channels), 2**i) for i, stage in enumerate(PYRAMID, 1)]
+        scaling, strides = Scaling(**self._config["scaling"]), self._config["strides"]
+        return [FeatureInfo(scaling.channels(STAGES[i].channels), math.prod(strides[: i + 2])) for i in self._pyramid()]
+
+    def _pyramid(self) -> list[int]:
+        """The last stage before each halving of the map, and the last of all."""
+        following = self._config["strides"][2:]
+        return [*(i for i, stride in enumerate(following) if stride == 2), len(STAGES) - 1]
 
     def feature_maps(self, x: Tensor) -> list[Tensor]:
         """The last map of each size, for a network that takes this one as its backbone: as timm's features_only.
 
-        Five maps [N, channels, ~H / stride, ~W / stride] of `feature_info`, strides 2 to 32. The head takes no part.
+        Maps [N, channels, ~H / stride, ~W / stride] of `feature_info`: five, strides 2 to 32, unless the model has
+        `strides` of its own. The head takes no part.
         """
         maps = []
+        pyramid = self._pyramid()
         x = self.stem(x)
         for i, stage in enumerate(self.stages):
             x = stage(x)
-            if i in PYRAMID:
+            if i in pyramid:
                 maps.append(x)
         return maps
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """The head's feature map before pooling: [N, num_features, ~H / 32, ~W / 32]."""
+        """The head's feature map before pooling: [N, num_features, ~H / 32, ~W / 32], or as `strides` say."""
         x = self.stem(x)
         for stage in self.stages:
             x = stage(x)
@@ -225,6 +243,7 @@ def create_model(
     *,
     family: str = "reference",
     in_chans: int = 3,
+    strides: Sequence[int] = STRIDES,
     drop_rate: float | None = None,
     drop_path_rate: float | None = None,
     bn_eps: float | None = None,
@@ -246,6 +265,7 @@ def create_model(
         num_classes,
         se_from=fam.se_from,
         in_chans=in_chans,
+        strides=strides,
         drop_rate=preset.drop_rate if drop_rate is None else drop_rate,
         drop_path_rate=preset.drop_path_rate if drop_path_rate is None else drop_path_rate,
         bn_eps=preset.bn_eps if bn_eps is None else bn_eps,
@@ -259,6 +279,7 @@ def create_model(
 def _check(
     num_classes: int,
     in_chans: int,
+    strides: Sequence[int],
     drop_rate: float,
     drop_path_rate: float,
     bn_eps: float,
@@ -269,6 +290,9 @@ def _check(
     for name, count in (("num_classes", num_classes), ("in_chans", in_chans)):
         if count < 1:
             raise ValueError(f"{name}: got {count}, must be at least 1")
+    if len(strides) != len(STRIDES) or not set(strides) <= {1, 2}:
+        given = ",".join(map(str, strides))
+        raise ValueError(f"strides: got {given}, must be eight of 1 or 2, of the stem and the seven stages")
     for name, rate in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):
         if not 0 <= rate < 1:
             raise ValueError(f"{name}: got {rate}, must be in [0, 1)")

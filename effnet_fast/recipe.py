@@ -36,17 +36,17 @@ def default_lr(batch_size: int, optimizer: str = "rmsprop") -> float:
     return OPTIMIZERS[optimizer].lr * batch_size / 256
 
 
-def lr_factor(epoch: int, schedule: str = "exponential", epochs: int = 0) -> float:
-    """The learning rate of an epoch (from 0) over its peak: ten epochs of linear warm-up, then the schedule.
+def lr_factor(epoch: int, schedule: str = "exponential", epochs: int = 0, warmup: int = WARMUP_EPOCHS) -> float:
+    """The learning rate of an epoch (from 0) over its peak: `warmup` epochs of linear warm-up, then the schedule.
 
     schedule: "exponential", 0.97 every 2.4 epochs; or "cosine", half a cosine down to 0 at the end of `epochs`
         (Loshchilov & Hutter 2017).
     """
-    if epoch < WARMUP_EPOCHS:
-        return (epoch + 1) / WARMUP_EPOCHS
+    if epoch < warmup:
+        return (epoch + 1) / warmup
     if schedule == "cosine":
-        return (1 + math.cos(math.pi * (epoch - WARMUP_EPOCHS) / (epochs - WARMUP_EPOCHS))) / 2
-    return 0.97 ** ((epoch - WARMUP_EPOCHS) / 2.4)
+        return (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup))) / 2
+    return 0.97 ** ((epoch - warmup) / 2.4)
 
 
 def make_optimizer(

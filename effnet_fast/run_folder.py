@@ -153,10 +153,14 @@ class RunFolder:
             raise RunError(f"{path}: can't be written: {error.strerror}") from None
 
     def metrics(self) -> list[dict[str, float]]:
-        """All epochs so far. Raises RunError if the file is not what `append_metrics` writes."""
+        """All epochs so far; a last line that was cut off is left out.
+
+        Raises RunError if the file is not what `append_metrics` writes.
+        """
         path = self.path / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         try:
-            return [json.loads(line) for line in path.read_text().splitlines()]
+            return [json.loads(line) for line in lines if line.endswith("\n")]
         except ValueError:
             raise RunError(f"{path}: damaged, a line of it is not JSON") from None
 

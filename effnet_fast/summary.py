@@ -9,14 +9,15 @@ and two FLOPs, an activation is an element of their outputs. Shapes suffice for 
 import copy
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from effnet_fast.cli import ArgumentParser, at_least
-from effnet_fast.model import STAGES, EfficientNet, create_model
+from effnet_fast.cli import ArgumentParser, at_least, integers
+from effnet_fast.model import STAGES, STRIDES, EfficientNet, create_model
 from effnet_fast.passes.backend import use_backend
 from effnet_fast.scaling import BASE_RESOLUTION, FAMILIES, VARIANTS, Scaling, get_family, get_variant
 
@@ -69,10 +70,17 @@ class Counts:
         return 2 * self.macs
 
 
-def count(variant: str, family: str, num_classes: int, resolution: int = BASE_RESOLUTION) -> Counts:
+def count(
+    variant: str,
+    family: str,
+    num_classes: int,
+    resolution: int = BASE_RESOLUTION,
+    strides: Sequence[int] = STRIDES,
+) -> Counts:
     """Count a variant by name.
 
     resolution: the baseline's input size in pixels, which the variant's resolution multiplier scales.
+    strides: eight, of the stem and the stages.
     Raises ValueError that names the argument and what is allowed.
     """
     if resolution < 1:
@@ -80,7 +88,7 @@ def count(variant: str, family: str, num_classes: int, resolution: int = BASE_RE
     scaling = get_variant(variant, family).scaling
     size = get_family(family).input_size(scaling, resolution)
     with torch.device("meta"):
-        model = create_model(variant, num_classes, family=family)
+        model = create_model(variant, num_classes, family=family, strides=strides)
     macs, activations = _count_operations(model, size)
     return Counts(
         family,
@@ -182,12 +190,16 @@ def main(argv: list[str] | None = None) -> None:
         default=BASE_RESOLUTION,
         help="input size in pixels that the resolution multipliers scale, default: 224",
     )
+    parser.add_argument("--strides", type=integers, default=STRIDES, help="of the stem and the stages, with commas")
     parser.add_argument("--json", action="store_true", help="print one JSON list")
     args = parser.parse_args(argv)
     tables = []
     for family in [args.family] if args.family else FAMILIES:
         classes = NUM_CLASSES[family] if args.num_classes is None else args.num_classes
-        tables.append([count(variant, family, classes, args.resolution) for variant in args.variant])
+        try:
+            tables.append([count(variant, family, classes, args.resolution, args.strides) for variant in args.variant])
+        except ValueError as error:
+            parser.error(f"argument --{error}")
     if args.json:
         print(json.dumps([_record(row) for table in tables for row in table], indent=2))
     else:

@@ -6,7 +6,7 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from datetime import datetime, timedelta
@@ -24,15 +24,16 @@ from tqdm import tqdm
 from effnet_fast import distributed
 from effnet_fast.amp import AMP_DTYPES
 from effnet_fast.augment import AUGMENTS, AUTOAUGMENTS, Batch, Loader, train_loader, val_loader
-from effnet_fast.cli import ArgumentParser, at_least, devices
+from effnet_fast.cli import ArgumentParser, at_least, devices, integers
 from effnet_fast.config import Config, fixed_difference, stored_options
 from effnet_fast.data import DATASETS, load_dataset
 from effnet_fast.evaluate import evaluate
 from effnet_fast.memory import keep_freed_memory
+from effnet_fast.model import STRIDES
 from effnet_fast.ops.memory_policy import Memory
 from effnet_fast.passes.backend import BACKENDS, current, use_backend
 from effnet_fast.plots import plot_curves
-from effnet_fast.recipe import EMA_DECAY, LABEL_SMOOTHING, OPTIMIZERS, SCHEDULES, default_lr
+from effnet_fast.recipe import EMA_DECAY, LABEL_SMOOTHING, OPTIMIZERS, SCHEDULES, WARMUP_EPOCHS, default_lr
 from effnet_fast.run_folder import RunError, RunFolder, read_checkpoint
 from effnet_fast.scaling import BASE_RESOLUTION, FAMILIES, VARIANTS
 from effnet_fast.signals import Stopped, StopSignals
@@ -45,6 +46,13 @@ def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m effnet_fast.train", description=__doc__)
     parser.add_argument("--variant", choices=VARIANTS, default="baseline", help="default: baseline")
     parser.add_argument("--family", choices=FAMILIES, default="reference", help="default: reference")
+    parser.add_argument(
+        "--strides",
+        type=integers,
+        default=list(STRIDES),
+        help="of the stem and the seven stages, with commas, 1 or 2: fewer twos suit images of 32 pixels; "
+        f"default: {','.join(map(str, STRIDES))}",
+    )
     parser.add_argument("--dataset", choices=DATASETS, default="cifar10", help="default: cifar10")
     parser.add_argument("--data-dir", help="where the images are; cifar10 without it downloads to ./data")
     parser.add_argument(
@@ -81,7 +89,13 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="rmsprop", help="default: rmsprop")
     parser.add_argument("--weight-decay", type=at_least(0.0), help="default: the optimizer's, 1e-5 for rmsprop")
     parser.add_argument(
-        "--schedule", choices=SCHEDULES, default="exponential", help="after ten epochs of warm-up; default: exponential"
+        "--schedule", choices=SCHEDULES, default="exponential", help="after the warm-up; default: exponential"
+    )
+    parser.add_argument(
+        "--warmup-epochs",
+        type=at_least(0),
+        default=WARMUP_EPOCHS,
+        help="in which the learning rate grows to its peak; default: 10",
     )
     parser.add_argument("--label-smoothing", type=at_least(0.0), default=LABEL_SMOOTHING, help="default: 0.1")
     parser.add_argument("--ema-decay", type=at_least(0.0), default=EMA_DECAY, help="default: 0.9999")
@@ -135,7 +149,18 @@ def _parser() -> ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> None:
+def configuration(argv: list[str]) -> Config:
+    """What the command would train, in a new run, with these options. Ends the process where they are wrong."""
+    parser = _parser()
+    args = vars(parser.parse_args(argv))
+    del args["output"], args["resume"]
+    try:
+        return _config(args)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def main(argv: list[str] | None = None, after_epoch: Callable[[], None] | None = None) -> None:
     keep_freed_memory()
     parser = _parser()
     try:
@@ -144,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
             # No process may write before all have seen what is there.
             distributed.largest(0, device=torch.device(config.device))
             with use_backend(config.backend):
-                train(config, output, resume=resume, state=state)
+                train(config, output, resume=resume, state=state, after_epoch=after_epoch)
         return
     except Stopped as stopped:
         status, message = stopped.status, f"{stopped}; go on with --resume auto --output {output}"
@@ -242,10 +267,18 @@ def _device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def train(config: Config, output: Path, *, resume: bool = False, state: dict[str, Any] | None = None) -> None:
+def train(
+    config: Config,
+    output: Path,
+    *,
+    resume: bool = False,
+    state: dict[str, Any] | None = None,
+    after_epoch: Callable[[], None] | None = None,
+) -> None:
     """Train and write the run folder (see the README).
 
     resume: go on with the run that is in `output`, from `state` (of a checkpoint) or from its beginning.
+    after_epoch: called, in process 0, when an epoch's metrics and checkpoint are written.
 
     Raises DataError, RunError or ValueError, whose message is one line, and Stopped after SIGTERM and SIGINT.
     """
@@ -342,6 +375,8 @@ def train(config: Config, output: Path, *, resume: bool = False, state: dict[str
                         f"top-1 {raw.top1:.2f} %, EMA {averaged.top1:.2f} %, {images_per_second:.0f} images/s, "
                         f"{metrics['seconds']:.0f} s"
                     )
+                    if after_epoch is not None:
+                        after_epoch()
         except Stopped:
             checkpoints.save()
             raise

@@ -37,7 +37,13 @@ class Trainer:
     def __init__(self, config: Config, classes: int) -> None:
         self.config = config
         self.device = torch.device(config.device)
-        self.model = create_model(config.variant, classes, family=config.family, memory=cast(Memory, config.memory))
+        self.model = create_model(
+            config.variant,
+            classes,
+            family=config.family,
+            strides=config.strides,
+            memory=cast(Memory, config.memory),
+        )
         self.model.to(self.device).to(memory_format=torch.channels_last)
         self._frozen = _freeze(self.model, config.freeze)
         self._replica: nn.Module = self.model
@@ -87,7 +93,8 @@ class Trainer:
     @property
     def lr(self) -> float:
         """The learning rate of the epoch at hand."""
-        return self.config.lr * lr_factor(self.epoch, self.config.schedule, self.config.epochs)
+        config = self.config
+        return config.lr * lr_factor(self.epoch, config.schedule, config.epochs, config.warmup_epochs)
 
     @property
     def mean_loss(self) -> float:

@@ -339,6 +339,8 @@ def test_block_matches_its_definition(
         ({"family": "ours"}, r"^family: got 'ours', choose from reference, paper$"),
         ({"num_classes": 0}, r"^num_classes: got 0, must be at least 1$"),
         ({"in_chans": 0}, r"^in_chans: got 0, must be at least 1$"),
+        ({"strides": (2, 1, 2)}, r"^strides: got 2,1,2, must be eight of 1 or 2, of the stem and the seven stages$"),
+        ({"strides": (2, 1, 2, 2, 3, 1, 2, 1)}, r"^strides: got 2,1,2,2,3,1,2,1, must be eight of 1 or 2"),
         ({"drop_rate": 1.0}, r"^drop_rate: got 1.0, must be in \[0, 1\)$"),
         ({"drop_rate": -0.1}, r"^drop_rate: got -0.1, must be in \[0, 1\)$"),
         ({"drop_path_rate": math.nan}, r"^drop_path_rate: got nan, must be in \[0, 1\)$"),

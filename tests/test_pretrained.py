@@ -17,7 +17,14 @@ from effnet_fast.run_folder import RunFolder
 from tests.test_interop import randomize_batch_norm
 from tests.test_resume import mutated
 
-OTHER = {"in_chans": 1, "drop_rate": 0.4, "drop_path_rate": 0.1, "bn_eps": 1e-3, "bn_momentum": 0.01}
+OTHER = {
+    "strides": (1, 1, 2, 1, 2, 1, 1, 2),
+    "in_chans": 1,
+    "drop_rate": 0.4,
+    "drop_path_rate": 0.1,
+    "bn_eps": 1e-3,
+    "bn_momentum": 0.01,
+}
 
 
 @pytest.fixture
@@ -166,3 +173,28 @@ def test_gradients_flow_through_feature_maps() -> None:
     sum(features.square().mean() for features in model.feature_maps(torch.randn(2, 3, 64, 64))).backward()
     assert all(parameter.grad is not None for parameter in (*model.stem.parameters(), *model.stages.parameters()))
     assert model.head.conv.weight.grad is None
+
+
+@torch.no_grad()
+def test_feature_maps_of_other_strides() -> None:
+    model = create_model(Scaling(0.3, 0.25), strides=(1, 1, 2, 1, 2, 1, 1, 2)).eval()
+    maps = model.feature_maps(torch.randn(1, 3, 32, 40))
+    assert [info.stride for info in model.feature_info] == [1, 2, 4, 8]
+    for features, info in zip(maps, model.feature_info, strict=True):
+        assert features.shape == (1, info.channels, 32 // info.stride, 40 // info.stride)
+    assert torch.equal(
+        model.forward_features(torch.zeros(1, 3, 32, 40)), model.head(model.feature_maps(torch.zeros(1, 3, 32, 40))[-1])
+    )
+
+
+def test_a_run_of_other_strides_comes_back(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    strides = [1, 1, 2, 2, 1, 1, 2, 1]
+    model = create_model("baseline", 10, strides=strides).eval()
+    config = {"variant": "baseline", "family": "reference"}
+    images = torch.randn(1, 3, 32, 32)
+    for stored, expected in ((config | {"strides": strides}, model), (config, create_model("baseline", 10).eval())):
+        state = {"model": {}, "ema": model.state_dict(), "epoch": 1, "config": stored}
+        torch.save(state, tmp_path / "best.pt")
+        expected.load_state_dict(model.state_dict())
+        assert torch.equal(EfficientNet.from_pretrained(tmp_path / "best.pt")(images), expected(images))

@@ -52,6 +52,15 @@ def test_cosine_schedule_is_torchs_after_the_warmup() -> None:
     assert lr_factor(3, "cosine", 5) == 0.4
 
 
+def test_warmups_of_other_lengths() -> None:
+    assert [lr_factor(epoch, "cosine", 6, warmup=2) for epoch in range(6)] == pytest.approx(
+        [0.5, 1, 1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2]
+    )
+    assert [lr_factor(epoch, "cosine", 2, warmup=0) for epoch in range(2)] == pytest.approx([1, 0.5])
+    assert lr_factor(24, warmup=0) == pytest.approx(0.97**10)
+    assert lr_factor(26, warmup=2) == pytest.approx(0.97**10)
+
+
 def run_optimizer(name: str, weight_decay: float) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
     """The start, the gradients of five steps, and the result."""
     start = torch.tensor([0.3, -2.0], dtype=torch.float64)

@@ -69,6 +69,35 @@ def test_fvcore_counts_the_same(family: str, pad_type: str) -> None:
     assert count_macs(model, 65) == macs["conv"] + macs["linear"]
 
 
+def test_fvcore_counts_the_same_with_other_strides() -> None:
+    strides = (1, 1, 2, 2, 1, 1, 2, 1)
+    model = create_model("baseline", 10, strides=strides).eval()
+    with use_backend("eager"):
+        macs = FlopCountAnalysis(model, torch.randn(1, 3, 32, 32)).unsupported_ops_warnings(False).by_operator()
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        options = [
+            "--family",
+            "reference",
+            "--variant",
+            "baseline",
+            "--resolution",
+            "32",
+            "--strides",
+            "1,1,2,2,1,1,2,1",
+        ]
+        main([*options, "--json"])
+    (row,) = json.loads(output.getvalue())
+    assert row["macs"] == macs["conv"] + macs["linear"]
+
+
+@pytest.mark.parametrize("strides", ["1", "1,1,2,2,1,1,2,0", "1,1,2,2,1,1,2,x", ""])
+def test_other_strides_than_eight_of_1_or_2_get_a_line(strides: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--strides", strides])
+    assert "strides: got" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("family", ["reference", "paper"])
 def test_fvcore_counts_the_same_activations(family: str) -> None:
     counts = count("b1", family, 7, resolution=60)

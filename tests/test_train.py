@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from effnet_fast import evaluate
-from tests.tiny import assert_same_bits, finish, results, start
+from tests.tiny import assert_same_bits, finish, results, start, tiny_variant
 
 SMALL = ["--dataset", "digits", "--resolution", "32", "--augment", "fast", "--batch-size", "16"]
 SMALL += ["--limit-train", "48", "--limit-val", "40"]
@@ -83,6 +83,19 @@ def test_evaluate_repeats_the_metrics_of_the_run(two_epochs: Path) -> None:
     assert sum(int(line[1]) for line in classes) == 40
 
 
+def test_other_strides_are_the_runs_from_then_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tmp_path / "run", "--variant", "tiny", "--epochs", "1", "--strides", "1,1,2,2,1,1,2,1", "--augment", "crop")
+    with tiny_variant():
+        evaluate.main([str(tmp_path / "run"), "--checkpoint", "latest"])
+    (row,) = (json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    loss = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("loss"))
+    assert float(loss.split()[2]) == pytest.approx(row["val_loss"], abs=1e-4)
+    log = tmp_path / "log"
+    options = ["--output", str(tmp_path / "run"), "--resume", "auto", "--strides", "2,1,2,2,1,1,2,1"]
+    assert finish(start(*options, log=log)) == 2
+    assert "--strides: got [2, 1, 2, 2, 1, 1, 2, 1], the run in" in log.read_text()
+
+
 def test_first_line_says_what_is_trained(tmp_path: Path) -> None:
     done = run(
         "train", *SMALL, "--variant", "compound", "--epochs", "1", "--limit-train", "16", "--output", str(tmp_path)
@@ -98,7 +111,8 @@ def test_first_line_says_what_is_trained(tmp_path: Path) -> None:
         (["--variant", "b9"], "choose from 'baseline', 'depth'"),
         (["--family", "vit"], "choose from 'reference', 'paper'"),
         (["--dataset", "mnist"], "choose from 'cifar10', 'digits', 'folder'"),
-        (["--augment", "none"], "choose from 'reference', 'fast'"),
+        (["--augment", "none"], "choose from 'reference', 'fast', 'crop'"),
+        (["--strides", "1,1"], "strides: got 1,1, must be eight of 1 or 2"),
         (["--backend", "tpu"], "choose from 'auto', 'eager', 'cpu'"),
         (["--amp", "fp8"], "choose from 'off', 'bf16', 'fp16'"),
         (["--device", "tpu"], "got 'tpu', choose from cpu"),
