@@ -90,9 +90,10 @@ def element_markdown(rows: list[dict[str, float | str]]) -> str:
 def markdown(steps: list[dict[str, float | str]]) -> str:
     """The model's table."""
     lines = [
-        "Model of a training step's MBConv blocks, bf16, not measured:",
+        "A training step, forward and backward, in bf16: a model, not measured. The section is all between the expand",
+        "convolution's output and the gated output.",
         "",
-        "| variant | device | section GB, fused | eager | ratio | in-place SiLU | ratio | blocks ms, fused | eager |",
+        "| variant | device | section GB, fused | eager | ratio | in-place SiLU | ratio | step ms, fused | eager |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for step in steps:
@@ -101,7 +102,7 @@ def markdown(steps: list[dict[str, float | str]]) -> str:
             f"| {step['variant']} | {step['device']} | {step['fused: section GB']:.1f} |"
             f" {step[f'{eager}: section GB']:.1f} | {step[f'section traffic, {eager} / fused']:.2f} |"
             f" {step[f'{cloned}: section GB']:.1f} | {step[f'section traffic, {cloned} / fused']:.2f} |"
-            f" {step['fused: blocks ms']:.1f} | {step[f'{eager}: blocks ms']:.1f} |"
+            f" {step['fused: step ms']:.1f} | {step[f'{eager}: step ms']:.1f} |"
         )
     return "\n".join(lines)
 

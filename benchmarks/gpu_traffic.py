@@ -368,12 +368,49 @@ def project_norm(s: Section, size: int, fused: bool) -> Iterator[Work]:
         yield Work("gradients added", 3 * residual)
 
 
+@cache
+def without_memory(variant: str) -> EfficientNet:
+    """The paper family's model on the meta device."""
+    with torch.device("meta"):
+        return create_model(variant, family="paper")
+
+
+def input_size(variant: str) -> int:
+    return get_family("paper").input_size(get_variant(variant, "paper").scaling)
+
+
+def stem_and_head(variant: str, blocks: list[Section], size: int, fused: bool) -> Iterator[Work]:
+    """What is before and after the blocks: PyTorch's convolutions, BatchNorm and SiLU, the mean and the classifier."""
+    model, n, pixels_out = without_memory(variant), blocks[0].n, blocks[-1].y // blocks[-1].c
+    for name, conv, before, after in (
+        ("stem", model.stem.conv, n * input_size(variant) ** 2, n * blocks[0].h * blocks[0].w),
+        ("head", model.head.conv, pixels_out, pixels_out),
+    ):
+        stored = after * conv.out_channels * size
+        moved, flops = before * conv.in_channels * size + stored, 2 * after * conv.weight.numel()
+        yield Work(name, moved, 0, flops)
+        yield Work(f"{name} backward: weight", moved, 0, flops)
+        if name == "head":  # nobody asks for the image's gradient
+            yield Work(f"{name} backward: input", moved, 0, flops)
+            yield Work("mean", stored)
+            yield Work("mean backward", stored)
+        if fused:
+            yield from (Work("channel_stats", stored), Work("apply", 2 * stored))
+            yield from (Work("backward_sums", 2 * stored), Work("backward_apply", 3 * stored))
+        else:
+            yield from (Work("batch_norm", 3 * stored), Work("silu", 2 * stored))
+            yield from (Work("silu backward", 3 * stored), Work("batch_norm backward", 5 * stored))
+    classes, features = model.classifier.weight.shape
+    for name in ("classifier", "classifier backward: input", "classifier backward: weight"):
+        moved = (n * (features + classes) + classes * features) * size
+        yield Work(name, moved, 0, 2 * n * features * classes)
+
+
 def sections(variant: str, batch: int) -> list[Section]:
     """Every block's section at the variant's own resolution, in the paper's family."""
-    model: EfficientNet = create_model(variant, family="paper")
-    size = -(-get_family("paper").input_size(get_variant(variant, "paper").scaling) // 2)
+    size = -(-input_size(variant) // 2)
     found = []
-    for stage in model.stages:
+    for stage in without_memory(variant).stages:
         for block in stage:
             conv = block.depthwise.conv
             outputs = block.project.conv.out_channels
@@ -387,7 +424,7 @@ def sections(variant: str, batch: int) -> list[Section]:
 
 
 def step_model(variant: str, batch: int, kernels: Kernels, device: Device) -> dict[str, float | str]:
-    """The MBConv blocks of one training step: gigabytes and roofline milliseconds, fused and eager."""
+    """A training step, forward and backward: gigabytes and roofline milliseconds, fused and eager."""
     dtype = {2: torch.bfloat16, 4: torch.float32}[kernels.size]
     result: dict[str, float | str] = {"variant": variant, "batch": batch, "device": device.name}
     blocks = sections(variant, batch)
@@ -398,16 +435,14 @@ def step_model(variant: str, batch: int, kernels: Kernels, device: Device) -> di
     }
     section_bytes, milliseconds = {}, {}
     for kind, works in of_sections.items():
-        around = [
-            work
-            for s in blocks
-            for work in (*matrix_products(s, kernels.size), *project_norm(s, kernels.size, kind == "fused"))
-        ]
+        around = list(stem_and_head(variant, blocks, kernels.size, kind == "fused"))
+        for s in blocks:
+            around += (*matrix_products(s, kernels.size), *project_norm(s, kernels.size, kind == "fused"))
         section_bytes[kind] = sum(work.bytes for work in works)
         milliseconds[kind] = 1e3 * sum(work.seconds(device) for work in works + around)
         result[f"{kind}: section GB"] = section_bytes[kind] / 1e9
-        result[f"{kind}: blocks GB"] = sum(work.bytes for work in works + around) / 1e9
-        result[f"{kind}: blocks ms"] = milliseconds[kind]
+        result[f"{kind}: step GB"] = sum(work.bytes for work in works + around) / 1e9
+        result[f"{kind}: step ms"] = milliseconds[kind]
     for kind in ("eager", "eager, in-place SiLU"):
         result[f"section traffic, {kind} / fused"] = section_bytes[kind] / section_bytes["fused"]
         result[f"roofline, {kind} / fused"] = milliseconds[kind] / milliseconds["fused"]

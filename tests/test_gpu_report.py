@@ -117,3 +117,14 @@ def test_eager_pytorch_moves_what_its_ops_read_and_write() -> None:
     for inplace, activations in ((False, 45), (True, 49)):
         moved = sum(work.bytes for work in gpu_traffic.eager_section(section, torch.bfloat16, inplace))
         assert moved / (2 * section.x) == pytest.approx(activations, abs=0.2)
+
+
+def test_a_step_is_its_sections_and_what_is_around_them() -> None:
+    """By hand, B0: of stem and head, BatchNorm and SiLU take 13 activations in eager mode and 8 fused."""
+    blocks = gpu_traffic.sections("b0", 2)
+    eager, fused = (sum(w.bytes for w in gpu_traffic.stem_and_head("b0", blocks, 2, fused)) for fused in (False, True))
+    assert eager - fused == 5 * 2 * 2 * (32 * 112**2 + 1280 * 7**2)
+    device = gpu_traffic.DEVICES[0]
+    step = gpu_traffic.step_model("b0", 2, gpu_report.kernels_of("cuda", device), device)
+    for kind in ("fused", "eager"):
+        assert step[f"{kind}: section GB"] < step[f"{kind}: step GB"] < 2 * step[f"{kind}: section GB"]
