@@ -45,10 +45,11 @@ def test_nothing_spills_and_loads_are_wide(architecture: int, dtype: str, case: 
 
 @pytest.mark.slow
 def test_every_kernel_of_every_dtype_and_gpu() -> None:
-    compiled = list(kernels())
-    for kernel in compiled:
+    seen = 0
+    for kernel in kernels():
         check(kernel)
-    assert len(compiled) > 400
+        seen += 1
+    assert seen > 400
 
 
 @pytest.mark.slow
