@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from effnet_fast import create_model
 from effnet_fast.model import EfficientNet
+from effnet_fast.passes.schema import PASSES
 from effnet_fast.scaling import get_family, get_variant
 
 HERE = Path(__file__).parent
@@ -39,6 +40,7 @@ class Device:
 DEVICES = (
     Device("A100 80 GB", 108, 2.04e12, 312e12, 19.5e12),
     Device("H100 SXM", 132, 3.35e12, 989e12, 67e12),
+    Device("B200", 148, 7.7e12, 2250e12, 75e12),
 )
 
 
@@ -92,8 +94,11 @@ class Kernels(Protocol):
 
     size: int  # bytes of a stored value
 
-    def depthwise(self, s: Section, backward: bool) -> tuple[float, float]:
-        """(values of the convolved operand read, halos included; bytes of partial results written and read)."""
+    def depthwise(self, s: Section, name: str) -> tuple[float, float]:
+        """(values of the convolved operand read, halos included; bytes of partial results written and read).
+
+        name: of the pass, "dwconv_stats", "dwconv_affine" or "backward_dwconv".
+        """
         ...
 
     def sums(self, name: str, n: int, c: int, h: int, w: int) -> float:
@@ -121,9 +126,9 @@ class CudaKernels:
     size: int
     multiprocessors: int
 
-    def depthwise(self, s: Section, backward: bool) -> tuple[float, float]:
+    def depthwise(self, s: Section, name: str) -> tuple[float, float]:
         fields = (ctypes.c_int * 8)()
-        pad = s.kernel // 2
+        pad, backward = s.kernel // 2, name == "backward_dwconv"
         _plans().depthwise_plan(
             backward, ctypes.c_int64(s.n), s.c, s.h, s.w, s.kernel, s.stride, pad, self._vector(s.c),
             self.multiprocessors, fields,
@@ -147,8 +152,12 @@ class CudaKernels:
                 _overlap(i * rows * s.stride - pad, (min((i + 1) * rows, out_h) + halo) * s.stride - pad, s.h)
                 for i in range(segments)
             )
-        partials = 2 * 4 * parts * s.c * (s.kernel**2 + 2 if backward else 4)
-        return s.n * s.c * sum(widths) * sum(heights), partials
+        sets = {
+            "dwconv_stats": 4 * parts,
+            "dwconv_affine": s.n * strips * segments,  # of each tile
+            "backward_dwconv": (s.kernel**2 + 2) * parts,
+        }
+        return s.n * s.c * sum(widths) * sum(heights), 2 * 4 * s.c * sets[name]
 
     def sums(self, name: str, n: int, c: int, h: int, w: int) -> float:
         over_all = name == "channel_stats"
@@ -168,22 +177,23 @@ class TritonKernels:
 
     size: int
 
-    def depthwise(self, s: Section, backward: bool) -> tuple[float, float]:
+    def depthwise(self, s: Section, name: str) -> tuple[float, float]:
         from benchmarks.gpu_triton import launches  # needs triton
         from effnet_fast.passes.triton import depthwise, depthwise_backward
 
         x, v, gate = self._activation(s.n, s.c, s.h, s.w), self._floats(s.c), self._floats(s.n, s.c)
         weight = self._floats(s.c, 1, s.kernel, s.kernel)
-        if backward:
-            y = self._activation(s.n, s.c, -(-s.h // s.stride), -(-s.w // s.stride))
-            operands = (v, v, v, gate, gate, v, v, v, v, v, v)
-            call = partial(depthwise_backward.backward_dwconv, y, y, x, weight, *operands, s.stride, False)
-        else:
-            call = partial(depthwise.dwconv_stats, x, weight, v, v, s.stride, False)
-        launch = launches(call)[0].arguments()
+        y = self._activation(s.n, s.c, -(-s.h // s.stride), -(-s.w // s.stride))
+        operands = (v, v, v, gate, gate, v, v, v, v, v, v)
+        calls = {
+            "dwconv_stats": partial(depthwise.dwconv_stats, x, weight, v, v, s.stride, False),
+            "dwconv_affine": partial(depthwise.dwconv_affine, x, weight, None, None, v, v, s.stride, False),
+            "backward_dwconv": partial(depthwise_backward.backward_dwconv, y, y, x, weight, *operands, s.stride, False),
+        }
+        launch = launches(calls[name])[0].arguments()
         reach = -(-s.kernel // s.stride)
         rows, pad_h, pad_w = launch["rows"], launch["pad_h"], launch["pad_w"]
-        if backward:
+        if name == "backward_dwconv":
             strips, read, columns, step = launch["cells"], launch["outputs"], 1, 1
             before, after = reach - 1 - pad_w // s.stride, pad_w // s.stride
             above, below = reach - 1 - pad_h // s.stride, pad_h // s.stride
@@ -234,7 +244,7 @@ def fused_section(s: Section, kernels: Kernels) -> Iterator[Work]:
     x, y = s.x * kernels.size, s.y * kernels.size
     on_x, on_y = (s.n, s.c, s.h, s.w), (s.n, s.c, -(-s.h // s.stride), -(-s.w // s.stride))
     taps = s.kernel**2
-    read, partials = kernels.depthwise(s, False)
+    read, partials = kernels.depthwise(s, "dwconv_stats")
     if s.expanded:
         yield Work("channel_stats", x + kernels.sums("channel_stats", *on_x), 3 * s.x)
     yield Work("dwconv_stats", read * kernels.size + y + partials, 2 * taps * s.y + 8 * s.x)
@@ -242,7 +252,7 @@ def fused_section(s: Section, kernels: Kernels) -> Iterator[Work]:
     yield Work("apply", 2 * y, 9 * s.y)
     yield Work("apply, for the projection's weight gradient", 2 * y, 9 * s.y)
     yield Work("backward_sums", 2 * y + kernels.sums("backward_sums", *on_y), 20 * s.y)
-    read, partials = kernels.depthwise(s, True)
+    read, partials = kernels.depthwise(s, "backward_dwconv")
     flops = 4 * taps * s.y + 18 * s.y + 20 * s.x
     yield Work("backward_dwconv", 2 * read * kernels.size + 2 * x + partials, flops)
     if s.expanded:
@@ -254,6 +264,19 @@ def fused_section(s: Section, kernels: Kernels) -> Iterator[Work]:
         # reads the input, and the gradient around the block and a constant added first; writes what is added to
         added = 3 * block_input if s.residual else 0
         yield Work("input W' b W, added", 3 * block_input + added, 0, 2 * pixels * s.inputs**2)
+
+
+def bytes_per_element(s: Section, kernels: Kernels) -> dict[str, float]:
+    """What every pass moves for a value of the activation that it walks over: the convolution's input, or its output.
+
+    With all of its activations as operands, and without a residual.
+    """
+    moved = {work.name: work.bytes for work in fused_section(s, kernels)}
+    read, partials = kernels.depthwise(s, "dwconv_affine")
+    moved["dwconv_affine"] = (read + s.y) * kernels.size + partials
+    moved["backward_apply"] = 3 * s.y * kernels.size
+    over_input = ("channel_stats", "dwconv_stats", "dwconv_affine", "backward_dwconv")
+    return {name: moved[name] / (s.x if name in over_input else s.y) for name in PASSES}
 
 
 class OpTraffic(TorchDispatchMode):
@@ -345,12 +368,49 @@ def project_norm(s: Section, size: int, fused: bool) -> Iterator[Work]:
         yield Work("gradients added", 3 * residual)
 
 
+@cache
+def without_memory(variant: str) -> EfficientNet:
+    """The paper family's model on the meta device."""
+    with torch.device("meta"):
+        return create_model(variant, family="paper")
+
+
+def input_size(variant: str) -> int:
+    return get_family("paper").input_size(get_variant(variant, "paper").scaling)
+
+
+def stem_and_head(variant: str, blocks: list[Section], size: int, fused: bool) -> Iterator[Work]:
+    """What is before and after the blocks: PyTorch's convolutions, BatchNorm and SiLU, the mean and the classifier."""
+    model, n, pixels_out = without_memory(variant), blocks[0].n, blocks[-1].y // blocks[-1].c
+    for name, conv, before, after in (
+        ("stem", model.stem.conv, n * input_size(variant) ** 2, n * blocks[0].h * blocks[0].w),
+        ("head", model.head.conv, pixels_out, pixels_out),
+    ):
+        stored = after * conv.out_channels * size
+        moved, flops = before * conv.in_channels * size + stored, 2 * after * conv.weight.numel()
+        yield Work(name, moved, 0, flops)
+        yield Work(f"{name} backward: weight", moved, 0, flops)
+        if name == "head":  # nobody asks for the image's gradient
+            yield Work(f"{name} backward: input", moved, 0, flops)
+            yield Work("mean", stored)
+            yield Work("mean backward", stored)
+        if fused:
+            yield from (Work("channel_stats", stored), Work("apply", 2 * stored))
+            yield from (Work("backward_sums", 2 * stored), Work("backward_apply", 3 * stored))
+        else:
+            yield from (Work("batch_norm", 3 * stored), Work("silu", 2 * stored))
+            yield from (Work("silu backward", 3 * stored), Work("batch_norm backward", 5 * stored))
+    classes, features = model.classifier.weight.shape
+    for name in ("classifier", "classifier backward: input", "classifier backward: weight"):
+        moved = (n * (features + classes) + classes * features) * size
+        yield Work(name, moved, 0, 2 * n * features * classes)
+
+
 def sections(variant: str, batch: int) -> list[Section]:
     """Every block's section at the variant's own resolution, in the paper's family."""
-    model: EfficientNet = create_model(variant, family="paper")
-    size = -(-get_family("paper").input_size(get_variant(variant, "paper").scaling) // 2)
+    size = -(-input_size(variant) // 2)
     found = []
-    for stage in model.stages:
+    for stage in without_memory(variant).stages:
         for block in stage:
             conv = block.depthwise.conv
             outputs = block.project.conv.out_channels
@@ -364,7 +424,7 @@ def sections(variant: str, batch: int) -> list[Section]:
 
 
 def step_model(variant: str, batch: int, kernels: Kernels, device: Device) -> dict[str, float | str]:
-    """The MBConv blocks of one training step: gigabytes and roofline milliseconds, fused and eager."""
+    """A training step, forward and backward: gigabytes and roofline milliseconds, fused and eager."""
     dtype = {2: torch.bfloat16, 4: torch.float32}[kernels.size]
     result: dict[str, float | str] = {"variant": variant, "batch": batch, "device": device.name}
     blocks = sections(variant, batch)
@@ -375,16 +435,14 @@ def step_model(variant: str, batch: int, kernels: Kernels, device: Device) -> di
     }
     section_bytes, milliseconds = {}, {}
     for kind, works in of_sections.items():
-        around = [
-            work
-            for s in blocks
-            for work in (*matrix_products(s, kernels.size), *project_norm(s, kernels.size, kind == "fused"))
-        ]
+        around = list(stem_and_head(variant, blocks, kernels.size, kind == "fused"))
+        for s in blocks:
+            around += (*matrix_products(s, kernels.size), *project_norm(s, kernels.size, kind == "fused"))
         section_bytes[kind] = sum(work.bytes for work in works)
         milliseconds[kind] = 1e3 * sum(work.seconds(device) for work in works + around)
         result[f"{kind}: section GB"] = section_bytes[kind] / 1e9
-        result[f"{kind}: blocks GB"] = sum(work.bytes for work in works + around) / 1e9
-        result[f"{kind}: blocks ms"] = milliseconds[kind]
+        result[f"{kind}: step GB"] = sum(work.bytes for work in works + around) / 1e9
+        result[f"{kind}: step ms"] = milliseconds[kind]
     for kind in ("eager", "eager, in-place SiLU"):
         result[f"section traffic, {kind} / fused"] = section_bytes[kind] / section_bytes["fused"]
         result[f"roofline, {kind} / fused"] = milliseconds[kind] / milliseconds["fused"]

@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(forward_threads(K), K == 3 ? 2 : 1)
             few[k] = u * sigmoid(u);
           }
         }
-        store_shared(buffer + i / vectors * plan.channels + channel + k0, few);
+        store_shared(buffer + i * V + k0, few);
       }
     };
     // A thread loads one vector a step ahead, the rest, of strided or very narrow tiles, as it puts them.

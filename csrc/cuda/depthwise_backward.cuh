@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(backward_threads(K, S), 1)
             dy[k0 + k] = (dy[k0 + k] * gate[k] + pooled[k]) * slope[k] + ((value[k0 + k] - mean[k]) * b[k] + a[k]);
         }
         const float(&stored)[U] = reinterpret_cast<const float(&)[U]>(dy[k0]);
-        store_shared(buffer + i / vectors * plan.channels + channel + k0, stored);
+        store_shared(buffer + i * V + k0, stored);
       }
     };
     const auto load = [&](const T* from, int offset) {

@@ -144,7 +144,7 @@ void Passes<T>::backward_dwconv(const T* grad, const T* y, const T* x, const flo
   float* sum_partials = partials + (int64_t)plan.parts * taps * s.c;
   with_vector<T>(on, [&]<int V>() {
     with_window(w, [&]<int K, int S>() {
-      const auto kernel = depthwise_backward_kernel<T, K, S, backward_vector(K, V)>;
+      const auto kernel = depthwise_backward_kernel<T, K, S, V>;
       using Backward = BackwardShape<K, S>;
       if (plan.tiles > 0)
         EFFNET_FAST_LAUNCH(kernel, (int64_t)plan.parts * plan.groups, plan.threads,

@@ -98,13 +98,10 @@ inline DepthwisePlan forward_plan(const Shape& s, const Window& w, int vector, i
 constexpr int first_position(int pad, int stride) { return pad / stride; }
 constexpr int positions(int size, int pad, int stride) { return (size - 1 + pad) / stride - pad / stride + 1; }
 
-// Beyond 3x3 arithmetic is the bound, and loads of more than four channels would take registers that the windows need.
-constexpr int backward_vector(int kernel, int vector) { return kernel == 3 ? vector : vector < 4 ? vector : 4; }
-
 inline DepthwisePlan backward_plan(const Shape& s, const Window& w, int vector, int multiprocessors) {
   return {s.n,
           s.c,
-          backward_vector(w.kernel, vector),
+          vector,
           positions(s.h, w.pad_h, w.stride),
           positions(s.w, w.pad_w, w.stride),
           1,

@@ -23,6 +23,7 @@ extern "C" void simulate(int order, int of_multiprocessors) {
   simulator::order = (simulator::Order)order;
   multiprocessors = of_multiprocessors;
 }
+extern "C" void run_last_blocks(long count) { simulator::last_blocks = count; }
 extern "C" void skip_barrier(const char* file, int line) { simulator::skip_barrier(file, line); }
 
 // Whether the simulator refuses what a GPU would.

@@ -1,5 +1,7 @@
 #include "simulator.h"
 
+#include <algorithm>
+#include <climits>
 #include <cstdint>
 #include <cstring>
 #include <numeric>
@@ -25,6 +27,7 @@ EFFNET_FAST_PER_THREAD Index block_index{};
 Index block_size{};
 float* shared_memory = nullptr;
 Order order = kForward;
+long last_blocks = LONG_MAX;
 
 namespace {
 
@@ -78,7 +81,7 @@ void run(long blocks, int threads, size_t shared_bytes, const std::function<void
   SharedMemory memory(shared_bytes);
   block_size = {(unsigned)threads};
   block_barrier = std::make_unique<std::barrier<>>(threads);
-  for (long block = 0; block < blocks; ++block) {
+  for (long block = std::max(0L, blocks - last_blocks); block < blocks; ++block) {
     memory.poison();
     std::vector<std::thread> running;
     for (int t = 0; t < threads; ++t)
@@ -172,7 +175,7 @@ void run(long blocks, int threads, size_t shared_bytes, const std::function<void
   std::iota(turns.begin(), turns.end(), 0);
   if (order == kReverse) std::reverse(turns.begin(), turns.end());
   std::mt19937 random(threads);
-  for (long block = 0; block < blocks; ++block) {
+  for (long block = std::max(0L, blocks - last_blocks); block < blocks; ++block) {
     block_index = {(unsigned)block};
     memory.poison();
     for (int t = 0; t < threads; ++t) fibers[t].done = false;

@@ -44,6 +44,7 @@ extern float* shared_memory;
 // The order in which the threads of a block run between barriers.
 enum Order { kForward, kReverse, kRandom };
 extern Order order;
+extern long last_blocks;  // of a launch, the only ones that run
 
 // Throws std::runtime_error unless every thread of the block arrives at this same line.
 void barrier(const char* file, int line);

@@ -1,5 +1,6 @@
 """The CUDA passes, simulated, against the reference in float64."""
 
+import ctypes
 from types import SimpleNamespace
 
 import pytest
@@ -148,6 +149,44 @@ def test_unaligned_activations_take_the_scalar_path(passes: SimpleNamespace, sim
 
     for call in [*elementwise_calls(shape, torch.bfloat16), *depthwise_calls(shape, torch.bfloat16, 3, 1, False)]:
         check(passes, Call(call.name, tuple(map(moved, call.args))), torch.bfloat16)
+
+
+def test_offsets_past_32_bits(passes: SimpleNamespace, simulate: Simulate, simulator: ctypes.CDLL) -> None:
+    """The last blocks of 33 images of 2^26 values: 4 GiB of bfloat16, of which only the end is touched."""
+    torch.use_deterministic_algorithms(False)  # would fill what is allocated
+    simulate(FORWARD, 10_000)
+    n, c, h, w = 33, 8, 2048, 4096
+    x = torch.empty(n, h, w, c, dtype=torch.bfloat16).permute(0, 3, 1, 2)
+    assert x[:-1].numel() >= 2**31
+    g = torch.Generator().manual_seed(0)
+    corner = torch.randn(1, c, 24, 48, generator=g).bfloat16()
+    x[-1:, :, -24:, -48:] = corner
+    v, weight = torch.rand(c, generator=g), torch.randn(c, 1, 3, 3, generator=g)
+    norm, wide = (v, v, v, v), channels_last(corner.double())
+    v64, weight64 = v.double(), weight.double()
+    simulator.run_last_blocks(64)
+    try:
+        actual = [
+            passes.apply(x, v, v, True, None, x),
+            passes.backward_apply(x, x, v, v, v, True, None, None, v, v),
+            passes.dwconv_stats(x, weight, v, v, 1, False)[0],
+            passes.dwconv_affine(x, weight, None, None, v, v, 1, False)[0],
+            passes.backward_dwconv(x, x, x, weight, v, v, v, None, None, v, v, *norm, 1, False)[0],
+        ]
+    finally:
+        simulator.run_last_blocks(2**31 - 1)  # all that a launch may have
+    norm = (v64,) * 4
+    expected = [
+        reference.apply(wide, v64, v64, True, None, wide),
+        reference.backward_apply(wide, wide, v64, v64, v64, True, None, None, v64, v64),
+        reference.dwconv_stats(wide, weight64, v64, v64, 1, False)[0],
+        reference.dwconv_affine(wide, weight64, None, None, v64, v64, 1, False)[0],
+        reference.backward_dwconv(wide, wide, wide, weight64, *(v64,) * 3, None, None, v64, v64, *norm, 1, False)[0],
+    ]
+    for a, e in zip(actual, expected, strict=True):
+        limit = TOLERANCE[torch.bfloat16] * e.abs().max().item()
+        # the corner's upper and left edges are not the image's
+        torch.testing.assert_close(a[-1:, :, -22:, -46:].double(), e[:, :, 2:, 2:], rtol=0, atol=limit)
 
 
 X, ONES = channels_last(torch.zeros(2, 16, 4, 4)), torch.ones(16)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from effnet_fast import doctor
 from effnet_fast.passes import backend
 from effnet_fast.passes.backend import current, passes_for, resolve, use_backend, why_not
 from effnet_fast.passes.schema import ALGEBRA, PASSES, PRODUCTS
@@ -149,6 +150,27 @@ def test_doctor_says_what_runs_here_and_why_not() -> None:
     baseline = run({"EFFNET_FAST_ISA": "baseline", "EFFNET_FAST_BACKEND": "eager"}).stdout
     assert "instruction set in use  baseline" in baseline
     assert "eager\n" in baseline
+
+
+@pytest.mark.parametrize(
+    ("cuda", "home", "missing"),
+    [
+        (None, None, "this torch has no CUDA"),
+        ("13.0", None, "no nvcc on PATH, and CUDA_HOME is not set"),
+        ("13.0", "/usr/local/cuda", "install again with EFFNET_FAST_CUDA=1 to see why"),
+    ],
+)
+def test_doctor_says_what_the_cuda_passes_lack(
+    cuda: str | None, home: str | None, missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "why_unavailable", lambda backend: f"the {backend} passes were not built")
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    if home:
+        monkeypatch.setenv("CUDA_HOME", home)
+    assert dict(doctor.report())["CUDA passes"] == f"the cuda passes were not built: {missing}"
 
 
 @pytest.mark.parametrize("variable", ["EFFNET_FAST_ISA", "EFFNET_FAST_BACKEND"])
