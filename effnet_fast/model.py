@@ -276,6 +276,13 @@ def create_model(
     )
 
 
+def check_strides(strides: Sequence[int]) -> None:
+    """Raises ValueError for strides that no model can have."""
+    if len(strides) != len(STRIDES) or not set(strides) <= {1, 2}:
+        given = ",".join(map(str, strides))
+        raise ValueError(f"strides: got {given}, must be eight of 1 or 2, of the stem and the seven stages")
+
+
 def _check(
     num_classes: int,
     in_chans: int,
@@ -290,9 +297,7 @@ def _check(
     for name, count in (("num_classes", num_classes), ("in_chans", in_chans)):
         if count < 1:
             raise ValueError(f"{name}: got {count}, must be at least 1")
-    if len(strides) != len(STRIDES) or not set(strides) <= {1, 2}:
-        given = ",".join(map(str, strides))
-        raise ValueError(f"strides: got {given}, must be eight of 1 or 2, of the stem and the seven stages")
+    check_strides(strides)
     for name, rate in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):
         if not 0 <= rate < 1:
             raise ValueError(f"{name}: got {rate}, must be in [0, 1)")

@@ -29,7 +29,7 @@ from effnet_fast.config import Config, fixed_difference, stored_options
 from effnet_fast.data import DATASETS, load_dataset
 from effnet_fast.evaluate import evaluate
 from effnet_fast.memory import keep_freed_memory
-from effnet_fast.model import STRIDES
+from effnet_fast.model import STRIDES, check_strides
 from effnet_fast.ops.memory_policy import Memory
 from effnet_fast.passes.backend import BACKENDS, current, use_backend
 from effnet_fast.plots import plot_curves
@@ -242,6 +242,7 @@ def _newest_state(run: RunFolder, stored: dict[str, Any]) -> dict[str, Any] | No
 
 
 def _config(args: dict[str, Any]) -> Config:
+    check_strides(args["strides"])
     device = _device(args["device"])
     args["device"] = str(device)
     if args["amp"] is None:
