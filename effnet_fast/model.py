@@ -1,12 +1,15 @@
 """EfficientNet: a seven-row stage table, scaled."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from effnet_fast.checkpointing import checkpointed
 from effnet_fast.layers import ConvBN, MBConv, PadType
 from effnet_fast.ops.memory_policy import Memory, check_memory
 from effnet_fast.pretrained import read_pretrained, write_pretrained
@@ -121,8 +124,38 @@ class EfficientNet(nn.Module):
         self.head = ConvBN(channels, self.num_features, 1, memory=memory, **norm)
         self.dropout = nn.Dropout(drop_rate)
         self.classifier = nn.Linear(self.num_features, num_classes)
+        self._segments: tuple[tuple[int, int], ...] = ()
         if init == "fan_out":
             self.apply(_init_fan_out)
+
+    @property
+    def blocks(self) -> list[MBConv]:
+        """Of all stages, in their order."""
+        return [block for block in self.modules() if isinstance(block, MBConv)]
+
+    def set_memory(self, policies: Sequence[Memory], segments: Sequence[tuple[int, int]] = ()) -> None:
+        """What is kept for backward, part by part: `planning.Plan` holds such an assignment. Gradients are the same.
+
+        policies: of the stem, each block, and the head.
+        segments: [begin, end) of stem and blocks, counted together, that keep only their first part's input and run
+            again in the backward pass, where they keep what their policies say; in ascending order.
+        Raises ValueError for another number of policies, an unknown one, or segments that overlap or reach too far.
+        """
+        parts: list[ConvBN | MBConv] = [self.stem, *self.blocks, self.head]
+        if len(policies) != len(parts):
+            raise ValueError(
+                f"policies: got {len(policies)}, must be {len(parts)}: of the stem, each block and the head"
+            )
+        bounds = [0, *(bound for segment in segments for bound in segment), len(parts) - 1]
+        if any(a > b for a, b in pairwise(bounds)) or any(begin == end for begin, end in segments):
+            raise ValueError(
+                f"segments: got {list(segments)}, must be [begin, end) in ascending order, of the {bounds[-1]} parts"
+            )
+        for policy in policies:
+            check_memory(policy)
+        for part, policy in zip(parts, policies, strict=True):
+            part.memory = policy
+        self._segments = tuple(segments)
 
     def fuse(self) -> "EfficientNet":
         """Fold every BatchNorm into the convolution before it, for inference, in place; returns the model.
@@ -210,9 +243,20 @@ class EfficientNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The head's feature map before pooling: [N, num_features, ~H / 32, ~W / 32]."""
-        x = self.stem(x)
-        for stage in self.stages:
-            x = stage(x)
+        if not self._segments or not torch.is_grad_enabled():
+            x = self.stem(x)
+            for stage in self.stages:
+                x = stage(x)
+            return self.head(x)
+        parts = [self.stem, *self.blocks]
+        done = 0
+        for begin, end in self._segments:
+            for part in parts[done:begin]:
+                x = part(x)
+            x = checkpointed(parts[begin:end], x)
+            done = end
+        for part in parts[done:]:
+            x = part(x)
         return self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:

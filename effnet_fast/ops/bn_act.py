@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from effnet_fast.ops.activations import as_activation, channels_last, refuse_double_backward
+from effnet_fast.ops.custom_op import custom_op
 from effnet_fast.ops.normalization import BatchNorm, Norm, batch_norm_grad, batch_stats, values_per_channel
 from effnet_fast.passes.backend import passes_for, resolve
 
@@ -65,7 +66,7 @@ def branch_gate(branch_scale: Tensor | None, y: Tensor) -> Tensor | None:
     return None if branch_scale is None else branch_scale.float()[:, None].expand(y.shape[:2]).contiguous()
 
 
-@torch.library.custom_op("effnet_fast::bn_act", mutates_args=())
+@custom_op("bn_act")
 def _bn_act(
     y: Tensor,
     weight: Tensor,
@@ -87,7 +88,7 @@ def _(y, weight, bias, eps, silu, residual, branch_scale, group):
     return torch.empty_like(y), y.new_empty(5, y.shape[1], dtype=floats)
 
 
-@torch.library.custom_op("effnet_fast::bn_act_backward", mutates_args=())
+@custom_op("bn_act_backward")
 def _bn_act_backward(
     dout: Tensor, y: Tensor, stats: Tensor, silu: bool, branch_scale: Tensor | None, group: str
 ) -> tuple[Tensor, Tensor]:

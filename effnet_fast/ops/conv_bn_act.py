@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from effnet_fast.ops.activations import as_activation, channels_last, refuse_double_backward
 from effnet_fast.ops.bn_act import bn_act, bn_act_eager
+from effnet_fast.ops.custom_op import custom_op
 from effnet_fast.ops.memory_policy import Memory, check_memory
 from effnet_fast.ops.normalization import BatchNorm, Norm, batch_norm_grad, batch_stats, values_per_channel
 from effnet_fast.passes.backend import passes_for, resolve
@@ -88,7 +89,7 @@ def as_product(passes: Any, x: Tensor, weight: Tensor, stride: int, same: bool) 
     return passes.patches(x, kernel, stride, same), matrix
 
 
-@torch.library.custom_op("effnet_fast::conv_bn_act", mutates_args=())
+@custom_op("conv_bn_act")
 def _conv_bn_act(
     x: Tensor,
     weight: Tensor,
@@ -120,7 +121,7 @@ def _(x, weight, bn_weight, bn_bias, eps, stride, same, silu, group, memory):
     return out, y, x.new_empty(5, out_channels, dtype=floats)
 
 
-@torch.library.custom_op("effnet_fast::conv_bn_act_backward", mutates_args=())
+@custom_op("conv_bn_act_backward")
 def _conv_bn_act_backward(
     dout: Tensor,
     x: Tensor,

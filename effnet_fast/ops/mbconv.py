@@ -8,6 +8,7 @@ from torch import Tensor
 from effnet_fast.ops import section as sections
 from effnet_fast.ops.activations import as_activation, channels_last, refuse_double_backward
 from effnet_fast.ops.bn_act import branch_gate
+from effnet_fast.ops.custom_op import custom_op
 from effnet_fast.ops.memory_policy import Memory, check_memory
 from effnet_fast.ops.normalization import BatchNorm, Norm, batch_norm_grad, batch_stats, values_per_channel
 from effnet_fast.ops.squeeze_excite import SqueezeExcite
@@ -154,7 +155,7 @@ def _inference(
     return passes.apply(p, *bn3.running()[:2], False, branch_gate(branch_scale, p), x if residual else None)
 
 
-@torch.library.custom_op("effnet_fast::mbconv", mutates_args=())
+@custom_op("mbconv")
 def _mbconv(
     x: Tensor,
     w_expand: Tensor | None,
@@ -213,7 +214,7 @@ def _(
     return out, e, y, p, stats1, stats2, stats3, squeeze
 
 
-@torch.library.custom_op("effnet_fast::mbconv_backward", mutates_args=())
+@custom_op("mbconv_backward")
 def _mbconv_backward(
     dout: Tensor,
     x: Tensor,

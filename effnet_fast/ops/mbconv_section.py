@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from effnet_fast.ops import section as sections
 from effnet_fast.ops.activations import as_activation, channels_last, refuse_double_backward
+from effnet_fast.ops.custom_op import custom_op
 from effnet_fast.ops.normalization import BatchNorm, Norm, batch_stats, values_per_channel
 from effnet_fast.ops.squeeze_excite import SqueezeExcite, gated
 from effnet_fast.passes.backend import passes_for, resolve
@@ -124,7 +125,7 @@ def _squeeze_excite(*weights: Tensor | None) -> SqueezeExcite | None:
     return None if weights[0] is None else SqueezeExcite(*weights)
 
 
-@torch.library.custom_op("effnet_fast::mbconv_section", mutates_args=())
+@custom_op("mbconv_section")
 def _section(
     e: Tensor,
     bn1_weight: Tensor | None,
@@ -160,7 +161,7 @@ def _(
     return o, torch.empty_like(o), *sections.fake_stats(e, bn1_weight is not None, w_reduce is not None)
 
 
-@torch.library.custom_op("effnet_fast::mbconv_section_backward", mutates_args=())
+@custom_op("mbconv_section_backward")
 def _section_backward(
     do: Tensor,
     e: Tensor,

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from effnet_fast.ops.activations import as_activation, channels_last, refuse_double_backward
+from effnet_fast.ops.custom_op import custom_op
 from effnet_fast.passes.backend import passes_for, resolve
 from effnet_fast.passes.products import identity
 
@@ -72,7 +73,7 @@ def gated(passes: Any, x: Tensor, gate: Tensor) -> Tensor:
     return passes.apply(x, *identity(x), False, gate, None)
 
 
-@torch.library.custom_op("effnet_fast::squeeze_excite", mutates_args=())
+@custom_op("squeeze_excite")
 def _squeeze_excite(
     x: Tensor, w_reduce: Tensor, b_reduce: Tensor, w_expand: Tensor, b_expand: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -87,7 +88,7 @@ def _(x, w_reduce, b_reduce, w_expand, b_expand):
     return torch.empty_like(x), x.new_empty(x.shape[:2], dtype=floats)
 
 
-@torch.library.custom_op("effnet_fast::squeeze_excite_backward", mutates_args=())
+@custom_op("squeeze_excite_backward")
 def _squeeze_excite_backward(
     dout: Tensor, x: Tensor, pooled: Tensor, w_reduce: Tensor, b_reduce: Tensor, w_expand: Tensor, b_expand: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
