@@ -33,13 +33,14 @@ class LiveBytes(TorchDispatchMode):
         if func in BODIES:
             with self:
                 return BODIES[func](*args, **kwargs)
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        self._storages.update(tensor.untyped_storage() for tensor in given)  # made before the block, if not seen in it
         result = func(*args, **kwargs)
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         for tensor in made:
             self._add(tensor)
         if made and not func.is_view:
-            touched = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)] + made
-            self.moved += sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in touched}.values())
+            self.moved += sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in given + made}.values())
         return result
 
     def _add(self, tensor: Tensor) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from effnet_fast import _host
+from effnet_fast.ops.memory_policy import POLICIES, Memory
 
 _LOG = logging.getLogger("effnet_fast")
 
@@ -25,16 +26,24 @@ def keep_freed_memory() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch's allocator at its first use
 
 
-_UNITS = {"": 1} | {
-    f"{prefix}{end}": base**i for i, prefix in enumerate("KMGT", 1) for end, base in (("B", 1000), ("iB", 1024))
+_UNITS = {
+    f"{prefix}{end}": base**power for power, prefix in enumerate("KMGT", 1) for end, base in (("B", 1000), ("iB", 1024))
 }
 
 
-def parse_bytes(text: str) -> int:
-    """Bytes from "8GB" (8 * 10^9), "7.5GiB" (7.5 * 2^30), "512MB" or "8000000000". Raises ValueError for others."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]i?B|)", text.strip())
+def parse_memory(memory: str | int) -> Memory | int:
+    """A policy as it is, or bytes: an int, or "8GB" (8 * 10^9), "7.5GiB" (7.5 * 2^30), "512MB".
+
+    Raises ValueError naming the choices for anything else.
+    """
+    if isinstance(memory, int) and memory > 0:
+        return memory
+    for policy in POLICIES:
+        if memory == policy:
+            return policy
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]i?B)", str(memory))
     if match is None:
-        raise ValueError(f"memory: got {text!r}, must be an amount, as 8GB, 7.5GiB or 512MB")
+        raise ValueError(f"memory: got {memory!r}, choose from {', '.join(POLICIES)}, or an amount as 8GB or 7.5GiB")
     return int(float(match[1]) * _UNITS[match[2]])
 
 

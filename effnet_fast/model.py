@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from effnet_fast.checkpointing import checkpointed
 from effnet_fast.layers import ConvBN, MBConv, PadType
+from effnet_fast.memory import parse_memory
 from effnet_fast.ops.memory_policy import Memory, check_memory
+from effnet_fast.planning import Planner
 from effnet_fast.pretrained import read_pretrained, write_pretrained
 from effnet_fast.run_folder import CHECKPOINTS, RunFolder, read_checkpoint
 from effnet_fast.scaling import Scaling, get_family, get_variant
@@ -275,17 +277,24 @@ def create_model(
     bn_momentum: float | None = None,
     pad_type: PadType = "symmetric",
     init: Literal["torch", "fan_out"] | None = None,
-    memory: Memory = "fast",
+    memory: Memory | str | int = "fast",
+    batch_size: int | None = None,
+    input_size: int | None = None,
+    amp: str = "bf16",
 ) -> EfficientNet:
     """Build a variant by name, or any `Scaling`; what is None takes the variant's own value.
 
     variant: a name in `VARIANTS`, ``Scaling(depth, width, resolution)`` or ``Scaling.compound(phi)``.
     family: "reference" (the CIFAR-10 study) or "paper" (as torchvision and timm build it).
-    Raises ValueError that names the argument and what is allowed.
+    memory: a policy of `EfficientNet`; or a budget, in bytes or as "8GB", for a training step of batch_size images of
+        input_size pixels under autocast amp ("off", "bf16", "fp16") with the study's optimizer and moving average. Each
+        part then keeps what makes the step fastest within it; on the GPU if there is one, else on the CPU.
+    Raises ValueError that names the argument and what is allowed, and DoesNotFit, one too, if the budget is too small.
     """
+    parsed = parse_memory(memory)
     preset = get_variant(variant, family)
     fam = get_family(family)
-    return EfficientNet(
+    model = EfficientNet(
         preset.scaling,
         num_classes,
         se_from=fam.se_from,
@@ -296,8 +305,16 @@ def create_model(
         bn_momentum=preset.bn_momentum if bn_momentum is None else bn_momentum,
         pad_type=pad_type,
         init=fam.init if init is None else init,
-        memory=memory,
+        memory="fast" if isinstance(parsed, int) else parsed,
     )
+    if isinstance(parsed, int):
+        if batch_size is None:
+            raise ValueError("batch_size: must be given, as memory is a budget for its training step")
+        size = fam.input_size(preset.scaling) if input_size is None else input_size
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        plan = Planner(model, size, amp=amp, device=device).fastest(batch_size, parsed)
+        model.set_memory(plan.policies, plan.segments)
+    return model
 
 
 def _check(

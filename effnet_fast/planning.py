@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,13 +23,14 @@ from effnet_fast.amp import autocast
 from effnet_fast.layers import ConvBN, MBConv
 from effnet_fast.live_bytes import LiveBytes
 from effnet_fast.memory import format_bytes
-from effnet_fast.ops.memory_policy import Memory
+from effnet_fast.ops.memory_policy import POLICIES, Memory
 from effnet_fast.recipe import make_optimizer
 
 if TYPE_CHECKING:  # a model plans itself when it is given a budget, so this is below it
     from effnet_fast.model import EfficientNet
 
-POLICIES: tuple[Memory, ...] = get_args(Memory)
+# Of a budget, left alone: for what the compiled passes allocate inside, which no fake tensor shows.
+_RESERVE = 0.02
 
 # The search for the fastest assignment tells apart so many amounts of kept bytes, and the least.
 _LEVELS = 400
@@ -136,7 +137,11 @@ class Planner:
 
     The model's parameters may be of any device, also "meta"; `device` is where it will train. Its modules train or not
     as they are, and what of it is frozen keeps no gradients. Policies that it has already play no part.
-    amp: "off", "bf16" or "fp16"; optimizer: of `recipe.OPTIMIZERS`; accumulate: batches that make a step.
+    amp: "off", "bf16" or "fp16"; optimizer: of `recipe.OPTIMIZERS`; accumulate: batches that make a step; processes:
+    that train together. The backend is the one in force.
+
+    Right to some percent for the compiled passes. PyTorch's own convolutions ("eager") take workspaces that are not
+    foreseen, and what frozen parts hand on is taken to be kept.
     """
 
     def __init__(
@@ -190,7 +195,7 @@ class Planner:
 
     def least(self, batch_size: int) -> int:
         """The least bytes that a step can be made to fit in, whatever the time."""
-        low, high = 0, self.uniform("fast", batch_size).peak
+        low, high = 0, 2 * self.uniform("fast", batch_size).peak
         while high - low > 1 << 16:
             middle = (low + high) // 2
             low, high = (low, middle) if self._fits(batch_size, middle) else (middle, high)
@@ -200,7 +205,9 @@ class Planner:
         """The most images a step can take in a budget: with one policy for all parts, or any assignment. 0 if none."""
 
         def fits(batch_size: int) -> bool:
-            return self._fits(batch_size, budget) if policy is None else self.uniform(policy, batch_size).peak <= budget
+            if policy is None:
+                return self._fits(batch_size, budget)
+            return self.uniform(policy, batch_size).peak <= (1 - _RESERVE) * budget
 
         high = 1
         while fits(high):
@@ -230,9 +237,13 @@ class Planner:
         """Bytes of float32 images and their labels."""
         return batch_size * self.accumulate * (self._channels * self.input_size**2 * 4 + 8)
 
+    def _room(self, batch_size: int, budget: int) -> int:
+        """What of a budget is left for gradients and activations."""
+        return int((1 - _RESERVE) * budget) - self.fixed - self._images(batch_size)
+
     def _fits(self, batch_size: int, budget: int) -> bool:
         """Whether any assignment does. Of the ways to a part, that which keeps least is best for what follows."""
-        room = budget - self.fixed - self._images(batch_size)
+        room = self._room(batch_size, budget)
         least: list[float] = [0, *(float("inf") for _ in self._parts)]
         for step in self._steps(batch_size):
             if least[step.begin] + step.need <= room:
@@ -245,7 +256,7 @@ class Planner:
         The ways to get to a part differ in what they keep and what they cost. Of those that keep about the same, only
         the cheapest goes on, and besides the one that keeps least of all, so that a path is found if there is any.
         """
-        room = budget - self.fixed - self._images(batch_size)
+        room = self._room(batch_size, budget)
         if self._update > room:
             return None
         ways: list[dict[int, _Way]] = [{} for _ in range(len(self._parts) + 1)]
