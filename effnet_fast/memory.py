@@ -26,6 +26,9 @@ def keep_freed_memory() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch's allocator at its first use
 
 
+# Address space that threads yet to start take for their stacks and heaps.
+_OF_THREADS = 160_000_000
+
 _UNITS = {
     f"{prefix}{end}": base**power for power, prefix in enumerate("KMGT", 1) for end, base in (("B", 1000), ("iB", 1024))
 }
@@ -61,7 +64,8 @@ def available_bytes(device: torch.device) -> int:
     left = [int(meminfo["MemAvailable"].split()[0]) * 1024]
     address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
     if address_space != resource.RLIM_INFINITY:
-        left.append(address_space - int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize())
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        left.append(address_space - used - _OF_THREADS)
     group = Path("/sys/fs/cgroup")  # of a container, version 2
     try:
         limit = (group / "memory.max").read_text().strip()
@@ -70,3 +74,10 @@ def available_bytes(device: torch.device) -> int:
     except OSError:
         pass  # no limit
     return max(0, min(left))
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: of torch on any device, of Python, or of a thread's stack."""
+    # torch has no class of its own for the CPU's, nor Python for threads'
+    known = ("DefaultCPUAllocator", "bad_alloc", "Cannot allocate memory", "can't start new thread")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in known)

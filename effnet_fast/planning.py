@@ -8,7 +8,7 @@ parts needs follows from these, and the fastest one that fits a budget by dynami
 import copy
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -65,8 +65,15 @@ class Plan:
     kept: int
     extra_time: float
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+
+def describe(plan: Plan) -> str:
+    """A plan in one line."""
+    parts = [f"{plan.policies.count(policy)} {policy}" for policy in POLICIES if policy in plan.policies]
+    text = f"{format_bytes(plan.peak)} at most; of {len(plan.policies)} parts {', '.join(parts)}"
+    if plan.segments:
+        again = sum(end - begin for begin, end in plan.segments)
+        text += f"; {again} of them in {len(plan.segments)} segments that run again"
+    return f"{text}; {plan.extra_time:.0%} longer than keeping everything, by estimate"
 
 
 class _Run(NamedTuple):
