@@ -1,14 +1,14 @@
 """What the planner foresees, against what the allocator sees, and against the same model without a plan."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.harness import allocated
 from effnet_fast import VARIANTS, create_model
 from effnet_fast.config import Config
 from effnet_fast.model import EfficientNet
@@ -29,15 +29,6 @@ def _tiny() -> Iterator[None]:
         yield
 
 
-def allocated_peak(run: Callable[[], object]) -> int:
-    """The most bytes at once that torch's CPU allocator gave out during `run` and had not back, inside ops too."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    return max(itertools.accumulate(event.nbytes() for event in events))
-
-
 def train(config: Config, plan: Plan, batches: int = 1) -> None:
     """Two steps as the command makes them: from the second on, the optimizer has its state."""
     trainer = Trainer(config, 10)
@@ -51,7 +42,7 @@ def train(config: Config, plan: Plan, batches: int = 1) -> None:
 
 def assert_foreseen(config: Config, plan: Plan) -> None:
     """To 5 %: the peak, and what of it is beside weights, optimizer and average, which outweigh it in small runs."""
-    peak = allocated_peak(lambda: train(config, plan, config.accumulate))
+    peak = max(allocated(lambda: train(config, plan, config.accumulate)))
     assert plan.peak == pytest.approx(peak, rel=ERROR)
     assert plan.peak - plan.fixed == pytest.approx(peak - plan.fixed, rel=ERROR)
 
