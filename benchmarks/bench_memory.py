@@ -2,8 +2,8 @@
 
 A row is a variant at its own size, in bfloat16 under autocast: images a second, bytes kept for the backward pass and
 allocated at the worst moment for each image, and the largest batches that the planner fits into 8 to 80 GB. Beside it
-the eager twin, as it is and with torch.utils.checkpoint around every block, torch.compile, as it is and with half of the
-activations as its budget; and of the paper's family timm, as it is and with its own checkpointing.
+the eager twin, as it is and with torch.utils.checkpoint around every block, torch.compile, as it is and with a budget
+of half the activations; and of the paper's family timm, as it is and with its own checkpointing.
 One variant: ``python -m benchmarks.report --memory --only "reference b3" --output DIR``.
 """
 
@@ -77,8 +77,10 @@ def bytes_an_image(model: nn.Module, backend: str, size: int) -> tuple[float, fl
         kept = allocated(lambda: held.append(loss_of(trained, backend, batch)))[-1]
         return kept, max(allocated(lambda: loss_of(trained, backend, batch).backward()))
 
-    (kept, peak), (more_kept, more_peak) = measure(2), measure(BATCH)
-    return (more_kept - kept) / (BATCH - 2), (more_peak - peak) / (BATCH - 2)
+    # With fewer images the worst moment is another one: when all gradients are there.
+    few, more = BATCH, BATCH + 2
+    (kept, peak), (more_kept, more_peak) = measure(few), measure(more)
+    return (more_kept - kept) / (more - few), (more_peak - peak) / (more - few)
 
 
 def with_policy(model: EfficientNet, policy: Memory, segments: bool = False) -> EfficientNet:
