@@ -6,7 +6,8 @@ import re
 import resource
 from pathlib import Path
 
-from tests.tiny import finish, start
+from effnet_fast.trainer import make_planner
+from tests.tiny import SMALL, config_of, finish, start, tiny_variant
 
 B0 = ["--variant", "b0", "--dataset", "digits", "--resolution", "96", "--augment", "fast", "--amp", "bf16"]
 B0 += ["--batch-size", "160", "--limit-train", "160", "--limit-val", "8", "--device", "cpu", "--num-workers", "0"]
@@ -34,3 +35,18 @@ def test_the_run_ends_with_the_options_that_fit(tmp_path: Path) -> None:
     assert advice, lines[-1]
     assert finish(start(*B0, *more, "2", "--memory", advice[1], log=log, prepare=leave_little)) == 0, log.read_text()
     assert json.loads((run / "config.json").read_text())["memory"] == advice[1]
+
+
+def test_the_largest_batch_of_a_budget(tmp_path: Path) -> None:
+    """What --batch-size auto takes is what the run then has, also when it goes on."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    more = [*SMALL, "--memory", "12MB", "--batch-size", "auto", "--output", str(run), "--resume", "auto"]
+    assert finish(start(*more, "--epochs", "1", log=log)) == 0, log.read_text()
+    config = json.loads((run / "config.json").read_text())
+    assert config["batch_size"] > 8
+    with tiny_variant():
+        planner = make_planner(config_of(amp=config["amp"]), 1000)
+    assert config["batch_size"] == planner.largest_batch(12_000_000)
+    assert "Memory: " in log.read_text()
+    assert finish(start(*more, "--epochs", "2", log=log)) == 0, log.read_text()
+    assert json.loads((run / "config.json").read_text())["batch_size"] == config["batch_size"]
