@@ -41,7 +41,7 @@ def race(benchmark: BenchmarkFixture, request: pytest.FixtureRequest) -> Callabl
     config = request.config
 
     def run(makes: dict[str, harness.Make], **kwargs: Any) -> None:
-        without = {harness.COMPILED} if config.getoption("no_compile") else set()
+        without = harness.COMPILING if config.getoption("no_compile") else ()
         chosen = {name: make for name, make in makes.items() if name not in without}
         harness.race(benchmark, chosen, quick=config.getoption("quick"), **kwargs)
 

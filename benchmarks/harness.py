@@ -3,19 +3,21 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
+from itertools import accumulate
 from statistics import median
 from typing import Any
 
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from effnet_fast import EfficientNet, create_model
 from effnet_fast.doctor import processor
 from effnet_fast.layers import MBConv
 from effnet_fast.passes.backend import cpu_isa
 
-OURS, TWIN, TORCHVISION, COMPILED, OPENVINO, ONNXRUNTIME = CONTESTANTS = (
+OURS, TWIN, TORCHVISION, COMPILED, OPENVINO, ONNXRUNTIME = _CONTESTANTS = (
     "effnet_fast",
     "eager twin",
     "torchvision",
@@ -23,6 +25,17 @@ OURS, TWIN, TORCHVISION, COMPILED, OPENVINO, ONNXRUNTIME = CONTESTANTS = (
     "OpenVINO",
     "ONNX Runtime",
 )
+LEAN, MIN, TWIN_CHECKPOINTS, TIMM, TIMM_CHECKPOINTS, COMPILED_BUDGET = _KEEPING_LESS = (
+    "effnet_fast, lean",
+    "effnet_fast, min",
+    "eager twin, checkpointed blocks",
+    "timm",
+    "timm, set_grad_checkpointing",
+    "torch.compile, half the activations",
+)
+CONTESTANTS = _CONTESTANTS + _KEEPING_LESS
+# They compile, which is not to be done twice.
+COMPILING = (COMPILED, COMPILED_BUDGET)
 DTYPES = (torch.float32, torch.bfloat16)
 BATCH = 16
 # Every implementation first runs on so many examples: for the check, and to see how many fit into its time.
@@ -64,16 +77,16 @@ def race(
     expected = makes[TWIN](few)()
     fitting = {}
     for name, make in makes.items():
-        if name != COMPILED:  # it would compile twice
+        if name not in COMPILING:
             call = make(few)
             check(name, call(), expected, tolerance)
             fitting[name] = min(examples, max(few, int(share / timed(call) * few)))
-    if COMPILED in makes:
-        fitting[COMPILED] = fitting[TWIN]
+    fitting |= {name: fitting[TWIN] for name in COMPILING if name in makes}
     calls = {name: make(fitting[name]) for name, make in makes.items()}
     warm = {name: call() for name, call in calls.items()}
-    if COMPILED in makes:
-        check(COMPILED, warm[COMPILED], warm[TWIN], tolerance)
+    for name in COMPILING:
+        if name in makes:
+            check(name, warm[name], warm[TWIN], tolerance)
     del warm
     trial = sum(timed(call) for call in calls.values())
     rounds = 1 if quick else max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / trial)))
@@ -108,6 +121,14 @@ def check(name: str, actual: Sequence[Tensor], expected: Sequence[Tensor], toler
         error = (a.double() - wide).norm().item()
         # not (error <= limit), so that NaN fails
         assert error <= tolerance * wide.norm().item(), f"{name}: result {i} differs from the twin's by {error:.2e}"
+
+
+def allocated(run: Callable[[], object]) -> list[int]:
+    """Bytes that torch's CPU allocator had given out since `run` began, after each of its events: inside ops too."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return list(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
 @cache

@@ -8,7 +8,7 @@ than that; torch keeps the results on disk, so that a second run starts from the
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,13 +19,14 @@ from benchmarks.harness import CONTESTANTS, OURS, TORCHVISION
 from effnet_fast.cli import ArgumentParser
 from effnet_fast.run_folder import write_atomic
 
+MEMORY_FILE = "bench_memory.py"
 FILES = ("bench_model.py", "bench_ops.py", "bench_passes.py")
 Row = dict[str, Any]
 
 
-def run(results: Path, options: list[str]) -> None:
-    """Run the benchmarks in a process of their own. Raises ValueError if one of them fails."""
-    files = [str(Path(__file__).with_name(name)) for name in FILES]
+def run(results: Path, names: Iterable[str], options: list[str]) -> None:
+    """Run the benchmarks in these files in a process of their own. Raises ValueError if one of them fails."""
+    files = [str(Path(__file__).with_name(name)) for name in names]
     always = ["-q", "--benchmark-quiet", f"--benchmark-json={results}", "-p", "no:cacheprovider"]
     if subprocess.run([sys.executable, "-m", "pytest", *files, *always, *options]).returncode:
         raise ValueError("a benchmark failed, see above")
@@ -85,16 +86,31 @@ def _table(rows: list[Row]) -> Iterator[str]:
     names = contestants(rows)
     kept = list(rows[0].get("kept", ()))
     header = [*rows[0]["row"], *(f"{name}, {rows[0]['unit']}" for name in names)]
+    peak = list(rows[0].get("peak", ()))
     header += [f"{name} keeps, MiB an image" for name in kept]
+    header += [f"{name} peaks, MiB an image" for name in peak]
     yield from (_line(header), "|" + "---|" * len(header))
     for row in rows:
         cells = [*row["row"].values(), *(_cell(row, name) for name in names)]
-        yield _line(cells + [f"{row['kept'][name] / 2**20:.1f}" for name in kept])
+        cells += [
+            f"{row[what][name] / 2**20:.1f}" for what, names in (("kept", kept), ("peak", peak)) for name in names
+        ]
+        yield _line(cells)
+    if "largest batch" in rows[0]:
+        yield from ("", "Largest batch by the planner:", "", *_largest(rows))
     reasons = {
         f"{name} {reason} ({row['row']['dtype']})" for row in rows for name, reason in row.get("left out", {}).items()
     }
     if reasons:
         yield from ("", "Left out: " + "; ".join(sorted(reasons)) + ".")
+
+
+def _largest(rows: list[Row]) -> Iterator[str]:
+    columns = [(policy, budget) for policy, of in rows[0]["largest batch"].items() for budget in of]
+    header = [*rows[0]["row"], *(f"{policy}, {budget}" for policy, budget in columns)]
+    yield from (_line(header), "|" + "---|" * len(header))
+    for row in rows:
+        yield _line([*row["row"].values(), *(str(row["largest batch"][policy][budget]) for policy, budget in columns)])
 
 
 def _cell(row: Row, name: str) -> str:
@@ -143,23 +159,49 @@ def plot(results: dict[str, Any], file: BinaryIO) -> None:
     figure.savefig(file, dpi=120, format="png")
 
 
+def plot_memory(results: dict[str, Any], file: BinaryIO) -> None:
+    """Draw each row's speed over its memory for an image, as a PNG image: best is above and to the left."""
+    rows = [row for rows in tables(results).values() for row in rows if "peak" in row]
+    columns = min(3, len(rows))
+    figure = Figure(figsize=(6 * columns, 4 * -(-len(rows) // columns)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, row in zip(figure.subplots(-(-len(rows) // columns), columns, squeeze=False).flat, rows, strict=False):
+        for name, peak in row["peak"].items():
+            axes.plot(
+                peak / 2**20, row["contestants"][name]["rate"], "o", label=name, color=f"C{CONTESTANTS.index(name)}"
+            )
+        axes.set_title(" ".join(row["row"].values()))
+        axes.set_xlabel("peak, MiB an image")
+        axes.set_ylabel(row["unit"])
+        axes.set_xscale("log")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    figure.suptitle(machine(results))
+    figure.savefig(file, dpi=120, format="png")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder for the three files")
     parser.add_argument("--quick", action="store_true", help="the smallest shapes, one round: checks the benchmarks")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which first compiles long")
+    parser.add_argument(
+        "--memory", action="store_true", help="memory of training steps instead: hours for all variants"
+    )
+    parser.add_argument("--only", help="of the benchmarks, those whose names hold this, as b3")
     args = parser.parse_args(argv)
     args.output.mkdir(parents=True, exist_ok=True)
     options = [f"--{name.replace('_', '-')}" for name in ("quick", "no_compile") if getattr(args, name)]
+    options += ["-k", args.only] if args.only else []
     path = args.output / "benchmarks.json"
     try:
-        run(path, options)
+        run(path, (MEMORY_FILE,) if args.memory else FILES, options)
     except ValueError as error:
         parser.error(str(error))
     results = json.loads(path.read_text())
     text = "\n".join(markdown(results)) + "\n"
     write_atomic(path.with_suffix(".md"), lambda file: file.write(text.encode()))
-    write_atomic(path.with_suffix(".png"), lambda file: plot(results, file))
+    write_atomic(path.with_suffix(".png"), lambda file: (plot_memory if args.memory else plot)(results, file))
     print(text)
 
 

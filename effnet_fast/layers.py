@@ -55,7 +55,7 @@ class ConvBN(nn.Module):
         )
         self.bn: nn.BatchNorm2d | None = nn.BatchNorm2d(out_channels, eps=bn_eps, momentum=bn_momentum)
         self.act = act
-        self.memory = memory
+        self.memory: ops.Memory = memory
 
     @torch.no_grad()
     def fuse(self) -> None:
@@ -140,7 +140,7 @@ class MBConv(nn.Module):
         self.project = ConvBN(expanded, out_channels, 1, act=False, **norm)
         self.has_residual = stride == 1 and in_channels == out_channels
         self.drop_path_rate = drop_path_rate
-        self.memory = memory
+        self.memory: ops.Memory = memory
 
     def forward(self, x: Tensor) -> Tensor:
         window: dict[str, Any] = {

@@ -3,14 +3,18 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from effnet_fast.checkpointing import checkpointed
 from effnet_fast.layers import ConvBN, MBConv, PadType
+from effnet_fast.memory import parse_memory
 from effnet_fast.ops.memory_policy import Memory, check_memory
+from effnet_fast.planning import Planner
 from effnet_fast.pretrained import read_pretrained, write_pretrained
 from effnet_fast.run_folder import CHECKPOINTS, RunFolder, read_checkpoint
 from effnet_fast.scaling import Scaling, get_family, get_variant
@@ -126,8 +130,38 @@ class EfficientNet(nn.Module):
         self.head = ConvBN(channels, self.num_features, 1, memory=memory, **norm)
         self.dropout = nn.Dropout(drop_rate)
         self.classifier = nn.Linear(self.num_features, num_classes)
+        self._segments: tuple[tuple[int, int], ...] = ()
         if init == "fan_out":
             self.apply(_init_fan_out)
+
+    @property
+    def blocks(self) -> list[MBConv]:
+        """Of all stages, in their order."""
+        return [block for block in self.modules() if isinstance(block, MBConv)]
+
+    def set_memory(self, policies: Sequence[Memory], segments: Sequence[tuple[int, int]] = ()) -> None:
+        """What is kept for backward, part by part: `planning.Plan` holds such an assignment. Gradients are the same.
+
+        policies: of the stem, each block, and the head.
+        segments: [begin, end) of stem and blocks, counted together, that keep only their first part's input and run
+            again in the backward pass, where they keep what their policies say; in ascending order.
+        Raises ValueError for another number of policies, an unknown one, or segments that overlap or reach too far.
+        """
+        parts: list[ConvBN | MBConv] = [self.stem, *self.blocks, self.head]
+        if len(policies) != len(parts):
+            raise ValueError(
+                f"policies: got {len(policies)}, must be {len(parts)}: of the stem, each block and the head"
+            )
+        bounds = [0, *(bound for segment in segments for bound in segment), len(parts) - 1]
+        if any(a > b for a, b in pairwise(bounds)) or any(begin == end for begin, end in segments):
+            raise ValueError(
+                f"segments: got {list(segments)}, must be [begin, end) in ascending order, of the {bounds[-1]} parts"
+            )
+        for policy in policies:
+            check_memory(policy)
+        for part, policy in zip(parts, policies, strict=True):
+            part.memory = policy
+        self._segments = tuple(segments)
 
     def fuse(self) -> "EfficientNet":
         """Fold every BatchNorm into the convolution before it, for inference, in place; returns the model.
@@ -228,9 +262,20 @@ class EfficientNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The head's feature map before pooling: [N, num_features, ~H / 32, ~W / 32], or as `strides` say."""
-        x = self.stem(x)
-        for stage in self.stages:
-            x = stage(x)
+        if not self._segments or not torch.is_grad_enabled():
+            x = self.stem(x)
+            for stage in self.stages:
+                x = stage(x)
+            return self.head(x)
+        parts = [self.stem, *self.blocks]
+        done = 0
+        for begin, end in self._segments:
+            for part in parts[done:begin]:
+                x = part(x)
+            x = checkpointed(parts[begin:end], x)
+            done = end
+        for part in parts[done:]:
+            x = part(x)
         return self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -250,17 +295,24 @@ def create_model(
     bn_momentum: float | None = None,
     pad_type: PadType = "symmetric",
     init: Literal["torch", "fan_out"] | None = None,
-    memory: Memory = "fast",
+    memory: Memory | str | int = "fast",
+    batch_size: int | None = None,
+    input_size: int | None = None,
+    amp: str = "bf16",
 ) -> EfficientNet:
     """Build a variant by name, or any `Scaling`; what is None takes the variant's own value.
 
     variant: a name in `VARIANTS`, ``Scaling(depth, width, resolution)`` or ``Scaling.compound(phi)``.
     family: "reference" (the CIFAR-10 study) or "paper" (as torchvision and timm build it).
-    Raises ValueError that names the argument and what is allowed.
+    memory: a policy of `EfficientNet`; or a budget, in bytes or as "8GB", for a training step of batch_size images of
+        input_size pixels under autocast amp ("off", "bf16", "fp16") with the study's optimizer and moving average. Each
+        part then keeps what makes the step fastest within it; on the GPU if there is one, else on the CPU.
+    Raises ValueError that names the argument and what is allowed, and DoesNotFit, one too, if the budget is too small.
     """
+    parsed = parse_memory(memory)
     preset = get_variant(variant, family)
     fam = get_family(family)
-    return EfficientNet(
+    model = EfficientNet(
         preset.scaling,
         num_classes,
         se_from=fam.se_from,
@@ -272,8 +324,16 @@ def create_model(
         bn_momentum=preset.bn_momentum if bn_momentum is None else bn_momentum,
         pad_type=pad_type,
         init=fam.init if init is None else init,
-        memory=memory,
+        memory="fast" if isinstance(parsed, int) else parsed,
     )
+    if isinstance(parsed, int):
+        if batch_size is None:
+            raise ValueError("batch_size: must be given, as memory is a budget for its training step")
+        size = fam.input_size(preset.scaling) if input_size is None else input_size
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        plan = Planner(model, size, amp=amp, device=device).fastest(batch_size, parsed)
+        model.set_memory(plan.policies, plan.segments)
+    return model
 
 
 def check_strides(strides: Sequence[int]) -> None:

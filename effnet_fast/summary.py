@@ -89,7 +89,7 @@ def count(
     size = get_family(family).input_size(scaling, resolution)
     with torch.device("meta"):
         model = create_model(variant, num_classes, family=family, strides=strides)
-    macs, activations = _count_operations(model, size)
+    macs, activations = count_operations(model, size)
     return Counts(
         family,
         variant,
@@ -103,12 +103,8 @@ def count(
     )
 
 
-def count_macs(model: EfficientNet, size: int) -> int:
-    """Multiply-adds of the model for one image of size x size pixels. Leaves the model as it is."""
-    return _count_operations(model, size)[0]
-
-
-def _count_operations(model: EfficientNet, size: int) -> tuple[int, int]:
+def count_operations(model: EfficientNet, size: int) -> tuple[int, int]:
+    """Multiply-adds and activations of the model for one image of size x size pixels. Leaves the model as it is."""
     model = copy.deepcopy(model).to("meta").eval()
     image = torch.empty(1, model.stem.conv.weight.shape[1], size, size, device="meta")
     aten = torch.ops.aten

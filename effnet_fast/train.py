@@ -6,13 +6,14 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from datetime import datetime, timedelta
 from itertools import islice
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,18 +29,29 @@ from effnet_fast.cli import ArgumentParser, at_least, devices, integers
 from effnet_fast.config import Config, fixed_difference, stored_options
 from effnet_fast.data import DATASETS, load_dataset
 from effnet_fast.evaluate import evaluate
-from effnet_fast.memory import keep_freed_memory
-from effnet_fast.model import STRIDES, check_strides
-from effnet_fast.ops.memory_policy import Memory
+from effnet_fast.memory import available_bytes, format_bytes, keep_freed_memory, parse_memory, ran_out_of_memory
+from effnet_fast.model import STRIDES, check_strides, create_model
 from effnet_fast.passes.backend import BACKENDS, current, use_backend
+from effnet_fast.planning import Planner, describe
 from effnet_fast.plots import plot_curves
 from effnet_fast.recipe import EMA_DECAY, LABEL_SMOOTHING, OPTIMIZERS, SCHEDULES, WARMUP_EPOCHS, default_lr
 from effnet_fast.run_folder import RunError, RunFolder, read_checkpoint
 from effnet_fast.scaling import BASE_RESOLUTION, FAMILIES, VARIANTS
 from effnet_fast.signals import Stopped, StopSignals
-from effnet_fast.summary import count_macs
-from effnet_fast.trainer import Trainer
+from effnet_fast.summary import count_operations
+from effnet_fast.trainer import Trainer, make_planner
 from effnet_fast.weights import load_weights
+
+# What --batch-size auto takes a dataset to have, which is not read yet: the classifier's weights are few anyway.
+MANY_CLASSES = 1000
+
+
+class OutOfMemory(RuntimeError):
+    """An allocation failed in training. advice: options that would fit, if it was foreseen."""
+
+    def __init__(self, classes: int, available: int, advice: str | None) -> None:
+        super().__init__("out of memory")
+        self.facts = classes, available, advice
 
 
 def _parser() -> ArgumentParser:
@@ -68,15 +80,23 @@ def _parser() -> ArgumentParser:
         help="baseline's input size in pixels, which the variant's multiplier scales; default: 224",
     )
     parser.add_argument("--epochs", type=at_least(1), default=35, help="default: 35")
-    parser.add_argument("--batch-size", type=at_least(1), default=128, help="default: 128")
+    parser.add_argument(
+        "--batch-size",
+        type=_batch_size,
+        default=128,
+        metavar="N|auto",
+        help="auto: the largest that fits --memory, or the machine's free memory; default: 128",
+    )
     parser.add_argument("--lr", type=at_least(0.0), help="peak learning rate; default: 0.256 * batch size / 256")
     parser.add_argument("--augment", choices=AUGMENTS, default="reference", help="default: reference")
     parser.add_argument("--amp", choices=AMP_DTYPES, help="mixed precision; default: fp16 on CUDA, else off")
     parser.add_argument(
         "--memory",
-        choices=get_args(Memory),
+        type=_memory,
         default="fast",
-        help="what is kept for the backward pass; less takes longer, results are the same; default: fast",
+        metavar="fast|lean|min|AMOUNT",
+        help="what is kept for the backward pass; less takes longer, results are the same. An amount, as 8GB, is for "
+        "the tensors of a step: each part then keeps what is fastest within it, see effnet_fast.plan; default: fast",
     )
     parser.add_argument("--seed", type=at_least(0), default=0, help="default: 0")
     parser.add_argument("--output", type=Path, help="run folder; default: runs/VARIANT-DATASET-TIME")
@@ -149,6 +169,18 @@ def _parser() -> ArgumentParser:
     return parser
 
 
+def _batch_size(text: str) -> int | str:
+    return text if text == "auto" else at_least(1)(text)
+
+
+def _memory(text: str) -> str:
+    try:
+        parse_memory(text)
+    except ValueError as error:
+        raise ArgumentTypeError(str(error).removeprefix("memory: ")) from None
+    return text
+
+
 def configuration(argv: list[str]) -> Config:
     """What the command would train, in a new run, with these options. Ends the process where they are wrong."""
     parser = _parser()
@@ -163,6 +195,7 @@ def configuration(argv: list[str]) -> Config:
 def main(argv: list[str] | None = None, after_epoch: Callable[[], None] | None = None) -> None:
     keep_freed_memory()
     parser = _parser()
+    shortage: tuple[int, int, str | None] | None = None
     try:
         with distributed.process_group():
             config, output, resume, state = _plan(parser, argv)
@@ -175,6 +208,8 @@ def main(argv: list[str] | None = None, after_epoch: Callable[[], None] | None =
         status, message = stopped.status, f"{stopped}; go on with --resume auto --output {output}"
     except KeyboardInterrupt:
         status, message = 130, "stopped by SIGINT before it could save"
+    except OutOfMemory as error:
+        status, message, shortage = 1, "error: out of memory", error.facts
     except ValueError as error:
         status, message = 2, f"error: {error}"
     except OSError as error:
@@ -185,7 +220,12 @@ def main(argv: list[str] | None = None, after_epoch: Callable[[], None] | None =
             raise
         status, message = 1, "error: another process of this run ended; go on with --resume auto"
     # Only now, without the exception and the frames that it refers to: they hold the loaders, whose workers have to end
-    # before this process does.
+    # before this process does, and the tensors that filled the memory.
+    if shortage is not None:
+        classes, available, advice = shortage
+        message += f": {advice or _what_would_fit(config, classes, available)}"
+        if any(RunFolder(output).checkpoints()):
+            message += f"; the last checkpoint in {output} is intact"
     parser.exit(status, f"{parser.prog}: {' '.join(message.split())}\n")
 
 
@@ -213,6 +253,8 @@ def _plan(parser: ArgumentParser, argv: list[str] | None) -> tuple[Config, Path,
     # The run's own options are the defaults now.
     parser.set_defaults(**stored)
     args = vars(parser.parse_args(argv))
+    if args["batch_size"] == "auto":
+        args["batch_size"] = stored["batch_size"]
     del args["output"], args["resume"]
     config = _config(args)
     difference = fixed_difference(stored, asdict(config))
@@ -249,13 +291,77 @@ def _config(args: dict[str, Any]) -> Config:
         args["amp"] = "fp16" if device.type == "cuda" else "off"
     if args["backend"] is None:
         args["backend"] = current()
+    args["processes"] = distributed.processes()
+    if args["weight_decay"] is None:
+        args["weight_decay"] = OPTIMIZERS[args["optimizer"]].weight_decay
+    if args["batch_size"] == "auto":
+        args["batch_size"] = _largest_batch(Config(**args | {"batch_size": 1}))
     if args["lr"] is None:
         batch_size = args["batch_size"] * args["accumulate"] * distributed.processes()
         args["lr"] = default_lr(batch_size, args["optimizer"])
-    if args["weight_decay"] is None:
-        args["weight_decay"] = OPTIMIZERS[args["optimizer"]].weight_decay
-    args["processes"] = distributed.processes()
     return Config(**args)
+
+
+def _largest_batch(config: Config) -> int:
+    """For --batch-size auto, the same in all processes."""
+    device = torch.device(config.device)
+    memory = parse_memory(config.memory)
+    budget, policy = (memory, None) if isinstance(memory, int) else (_available(device, config.processes), memory)
+    with use_backend(config.backend):
+        planner = make_planner(config, MANY_CLASSES)
+        largest = -distributed.largest(-planner.largest_batch(budget, policy), device=device)[0]
+    if largest < 1:
+        needed = planner.least(1) if policy is None else planner.uniform(policy, 1).peak
+        raise ValueError(
+            f"--batch-size auto: a batch of one needs {format_bytes(needed)} with --memory {config.memory}, "
+            f"there are {format_bytes(budget)}"
+        )
+    return largest
+
+
+def _available(device: torch.device, processes: int) -> int:
+    """Bytes for each of the processes; those on the CPU share it."""
+    return available_bytes(device) // (processes if device.type == "cpu" else 1)
+
+
+def _foresee(config: Config, classes: int, activations: int, available: int) -> str | None:
+    """What would fit, if a step needs more than there is. activations: of one image, for a first guess."""
+    if 4 * (4 if config.amp == "off" else 2) * activations * config.batch_size < available:
+        return None  # the planner takes seconds
+    if _needed(config, make_planner(config, classes)) < available:
+        return None
+    return _what_would_fit(config, classes, available)
+
+
+def _needed(config: Config, planner: Planner) -> int:
+    """Bytes of the run's step."""
+    memory = parse_memory(config.memory)
+    if isinstance(memory, int):
+        return planner.fastest(config.batch_size, memory).peak
+    return planner.uniform(memory, config.batch_size).peak
+
+
+def _what_would_fit(config: Config, classes: int, available: int) -> str:
+    """What the run's step needs, what there is, and the options that would do with it."""
+    with use_backend(config.backend):
+        planner = make_planner(config, classes)
+        needed = _needed(config, planner)
+        # if it should have fitted, something else took of it
+        amount = f"{int(0.9 * min(available, needed) / 1e6)}MB"
+        budget = parse_memory(amount)
+        assert isinstance(budget, int)
+        smaller = planner.largest_batch(budget)
+        if smaller >= config.batch_size:
+            plan = planner.fastest(config.batch_size, budget)
+            advice = f"--memory {amount} would fit, {plan.extra_time:.0%} slower than --memory fast by estimate"
+        elif smaller:
+            advice = f"--memory {amount} --batch-size {smaller} would fit"
+        else:
+            advice = f"no batch fits {amount}; a smaller --resolution or --variant would"
+    return (
+        f"a step of batch {config.batch_size} at {config.input_size} px needs {format_bytes(needed)} with --memory "
+        f"{config.memory}, there are {format_bytes(available)}; {advice}"
+    )
 
 
 def _device(name: str | None) -> torch.device:
@@ -281,7 +387,8 @@ def train(
     resume: go on with the run that is in `output`, from `state` (of a checkpoint) or from its beginning.
     after_epoch: called, in process 0, when an epoch's metrics and checkpoint are written.
 
-    Raises DataError, RunError or ValueError, whose message is one line, and Stopped after SIGTERM and SIGINT.
+    Raises DataError, RunError or ValueError, whose message is one line, Stopped after SIGTERM and SIGINT, and
+    OutOfMemory.
     """
     _make_deterministic(config.seed)
     data = load_dataset(config.dataset, config.data_dir, verify=config.verify)
@@ -307,16 +414,42 @@ def train(
     )
     val_batches = val_loader(val_split, **shared)
 
-    trainer = Trainer(config, len(data.classes))
+    with torch.device("meta"):
+        model = create_model(config.variant, len(data.classes), family=config.family, strides=config.strides)
+    macs, activations = count_operations(model, config.input_size)
+    available = _available(torch.device(config.device), config.processes)
+    advice = _foresee(config, len(data.classes), activations, available)
+    if advice is not None and distributed.rank() == 0:
+        print(f"warning: memory may run out: {advice}", file=sys.stderr, flush=True)
+    try:
+        _train(config, output, data.classes, macs, batches, val_batches, len(train_split), resume, state, after_epoch)
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out_of_memory(error):
+            raise
+        raise OutOfMemory(len(data.classes), available, advice) from None
+
+
+def _train(
+    config: Config,
+    output: Path,
+    classes: Sequence[str],
+    macs: int,
+    batches: Loader,
+    val_batches: Loader,
+    images: int,
+    resume: bool,
+    state: dict[str, Any] | None,
+    after_epoch: Callable[[], None] | None,
+) -> None:
+    trainer = Trainer(config, len(classes))
     parameters = sum(p.numel() for p in trainer.model.parameters())
-    macs = count_macs(trainer.model, config.input_size)
     if state is not None:
         trainer.load_state_dict(state)
     elif config.weights is not None:
         for line in load_weights(trainer.model, Path(config.weights)):
             if distributed.rank() == 0:
                 print(line, flush=True)
-    stored = asdict(config) | {"input_size": config.input_size, "classes": data.classes}
+    stored = asdict(config) | {"input_size": config.input_size, "classes": classes}
     main_process = distributed.rank() == 0
     run = RunFolder(output)
     if main_process:
@@ -326,12 +459,14 @@ def train(
             RunFolder.create(output, stored)
         print(
             f"Training {config.variant} ({config.family} family) on {config.dataset}: {parameters:,} parameters, "
-            f"{macs / 1e6:,.1f} M MACs at {config.input_size} px, {len(data.classes)} classes; "
-            f"{len(train_split):,} images, {config.epochs} x {len(batches)} steps of {config.batch_size}"
+            f"{macs / 1e6:,.1f} M MACs at {config.input_size} px, {len(classes)} classes; "
+            f"{images:,} images, {config.epochs} x {len(batches)} steps of {config.batch_size}"
             f"{f' in each of {config.processes} processes' if config.processes > 1 else ''}; "
             f"{config.device}, amp {config.amp}, backend {config.backend}; {output}",
             flush=True,
         )
+        if trainer.plan is not None:
+            print(f"Memory: {describe(trainer.plan)}", flush=True)
         if resume:
             print(f"Going on after {trainer.epoch} epochs and {trainer.step} steps", flush=True)
     checkpoints = _Checkpoints(run, trainer)
@@ -348,7 +483,7 @@ def train(
                 images_per_second = _train_epoch(trainer, batches, checkpoints, signals, profiler, start, first)
                 trainer.share_statistics()
                 raw, averaged = (
-                    evaluate(model, _val_batches(val_batches, signals), len(data.classes), trainer.device, config.amp)
+                    evaluate(model, _val_batches(val_batches, signals), len(classes), trainer.device, config.amp)
                     for model in (trainer.model, trainer.ema.module)
                 )
                 metrics = {

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -18,8 +18,9 @@ from effnet_fast.amp import autocast
 from effnet_fast.augment import Batch, derive_seed
 from effnet_fast.config import Config
 from effnet_fast.divergence import Diverged, first_not_finite
+from effnet_fast.memory import parse_memory
 from effnet_fast.model import create_model
-from effnet_fast.ops.memory_policy import Memory
+from effnet_fast.planning import Plan, Planner
 from effnet_fast.recipe import lr_factor, make_ema, make_loss, make_optimizer
 
 
@@ -31,19 +32,20 @@ class Trainer:
         step: batches of the next epoch that are done.
         images: examples in them, of all processes.
         best: the best top-1 so far, in percent.
+        plan: what each part keeps, if `config.memory` is a budget.
         bad_steps: how many steps in a row, up to now, were skipped because loss or gradient were not finite.
     """
 
     def __init__(self, config: Config, classes: int) -> None:
         self.config = config
         self.device = torch.device(config.device)
-        self.model = create_model(
-            config.variant,
-            classes,
-            family=config.family,
-            strides=config.strides,
-            memory=cast(Memory, config.memory),
-        )
+        memory = parse_memory(config.memory)
+        policy = "fast" if isinstance(memory, int) else memory
+        self.model = create_model(config.variant, classes, family=config.family, strides=config.strides, memory=policy)
+        self.plan: Plan | None = None
+        if isinstance(memory, int):
+            self.plan = make_planner(config, classes).fastest(config.batch_size, memory)
+            self.model.set_memory(self.plan.policies, self.plan.segments)
         self.model.to(self.device).to(memory_format=torch.channels_last)
         self._frozen = _freeze(self.model, config.freeze)
         self._replica: nn.Module = self.model
@@ -206,6 +208,23 @@ class Trainer:
             _set_rng_state(state["rng"], self.device)
         except (RuntimeError, LookupError, TypeError, ValueError, AttributeError):
             raise ValueError("checkpoint: does not fit the run's configuration") from None
+
+
+def make_planner(config: Config, classes: int) -> Planner:
+    """Of the memory of a run's steps. Allocates none for its model."""
+    with torch.device("meta"):
+        model = create_model(config.variant, classes, family=config.family, strides=config.strides)
+    for module in _freeze(model, config.freeze):
+        module.eval()
+    return Planner(
+        model,
+        config.input_size,
+        amp=config.amp,
+        device=config.device,
+        optimizer=config.optimizer,
+        accumulate=config.accumulate,
+        processes=config.processes,
+    )
 
 
 def _freeze(model: nn.Module, names: str | None) -> list[nn.Module]:

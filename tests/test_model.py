@@ -396,6 +396,23 @@ def test_a_model_of_16_bit_parameters(dtype: torch.dtype, limit: float) -> None:
     assert (logits.float() - expected).norm() < limit * expected.norm()
 
 
+@pytest.mark.parametrize(
+    ("policies", "segments", "message"),
+    [
+        (17, (), "^policies: got 17, must be 18"),
+        (18, [(0, 3), (2, 5)], r"^segments: got \[\(0, 3\), \(2, 5\)\], must be \[begin, end\) in ascending order"),
+        (18, [(0, 18)], "^segments: got"),
+        (18, [(3, 3)], "^segments: got"),
+        (18, [(-1, 3)], "^segments: got"),
+    ],
+)
+def test_wrong_assignments_of_memory(policies: int, segments: list[tuple[int, int]], message: str) -> None:
+    model = create_model("b0")
+    with pytest.raises(ValueError, match=message):
+        model.set_memory(["min"] * policies, segments)
+    assert model.stem.memory == "fast"  # as it was
+
+
 def test_unknown_memory_policy() -> None:
     with pytest.raises(ValueError, match="memory: got 'most', choose from fast, lean, min"):
         create_model("b0", memory="most")

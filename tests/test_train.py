@@ -120,6 +120,8 @@ def test_first_line_says_what_is_trained(tmp_path: Path) -> None:
         (["--device", "tpu"], "got 'tpu', choose from cpu"),
         (["--epochs", "0"], "got '0', must be an integer of at least 1"),
         (["--batch-size", "many"], "got 'many', must be an integer of at least 1"),
+        (["--memory", "8"], "--memory: got '8', choose from fast, lean, min, or an amount as 8GB or 7.5GiB"),
+        (["--memory", "1MB", "--batch-size", "auto"], "--batch-size auto: a batch of one needs"),
         (["--lr", "nan"], "got 'nan', must be a number of at least 0.0"),
         (["--dataset", "folder"], "--data-dir"),
         (["--dataset", "folder", "--data-dir", "/nowhere"], "/nowhere"),
