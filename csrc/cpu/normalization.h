@@ -8,7 +8,7 @@
 namespace effnet_fast {
 
 Tensor batch_norm_stats(const Tensor& mean, const Tensor& m2, const Tensor& weight, const Tensor& bias, double eps,
-                               int64_t count) {
+                        int64_t count) {
   const int64_t channels = mean.numel();
   const float *mu = check_floats(mean, "mean", channels), *squares = check_floats(m2, "m2", channels);
   const FloatWeights gamma = as_floats(weight), beta = as_floats(bias);

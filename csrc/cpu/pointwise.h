@@ -64,7 +64,6 @@ inline void check_pointwise(const Tensor& weight, const Shape& s) {
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(1) == s.c && weight.size(2) == 1 && weight.size(3) == 1,
                   "weight: must be [C_out, ", s.c, ", 1, 1]");
   STD_TORCH_CHECK(weight.size(0) % 8 == 0, "weight: got ", weight.size(0), " output channels, must be a multiple of 8");
-  STD_TORCH_CHECK(weight.is_contiguous() || weight.numel() == weight.size(0) * s.c, "weight: must be contiguous");
 }
 
 // What is done to the input of a product on load: SiLU(x * scale + shift), times gate; either may be missing.

@@ -85,6 +85,9 @@ struct FloatWeights {
 };
 
 inline FloatWeights as_floats(const Tensor& weight) {
+  check_on_cpu(weight, "weight");
+  for (int64_t d = weight.dim() - 1, stride = 1; d >= 0; stride *= weight.size(d--))
+    STD_TORCH_CHECK(weight.size(d) <= 1 || weight.stride(d) == stride, "weight: must be contiguous");
   if (weight.scalar_type() == ScalarType::Float) return {{}, (const float*)weight.const_data_ptr()};
   std::vector<float> copy(weight.numel());
   dispatch(weight, "weight", [&](auto* type) {
