@@ -1,7 +1,6 @@
 """The study: the command as a user starts, kills and repeats it; its tables and figures from made-up results."""
 
 import json
-import re
 import signal
 import subprocess
 import sys
@@ -76,9 +75,10 @@ def test_writes_its_files(uninterrupted: Path) -> None:
 
 def test_killed_and_stopped_it_goes_on_where_it_was(uninterrupted: Path, tmp_path: Path) -> None:
     output = tmp_path / "results"
+    runs = [output / "runs" / f"reference-baseline-{seed}" for seed in (0, 1)]
     process = start(output)
-    # Between two checkpoints of the first run.
-    wait_until(lambda: re.search(r"[12]/4 \[", log_of(output)) or process.poll() is not None)
+    # In the first run, which has a checkpoint after its first step.
+    wait_until(lambda: (runs[0] / "checkpoint.pt").exists() or process.poll() is not None)
     started = descendants(process.pid)
     assert len(started) >= 2
     process.kill()
@@ -87,22 +87,21 @@ def test_killed_and_stopped_it_goes_on_where_it_was(uninterrupted: Path, tmp_pat
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started), 20)
 
     process = start(output)
-    wait_until(lambda: re.search(r"run 2 of 2.*?[12]/4 \[", log_of(output), re.DOTALL) or process.poll() is not None)
+    wait_until(lambda: (runs[1] / "checkpoint.pt").exists() or process.poll() is not None)
     for pid in (process.pid, *descendants(process.pid)):  # as a supervisor does
         subprocess.run(["kill", "-TERM", str(pid)])
     assert process.wait(60) == 128 + signal.SIGTERM
     assert log_of(output).splitlines()[-1] == (
         "python -m effnet_fast.study: stopped by SIGTERM; go on with the same command"
     )
-    checkpoint = RunFolder(output / "runs" / "reference-baseline-1").load_checkpoint("latest")
+    checkpoint = RunFolder(runs[1]).load_checkpoint("latest")
     assert (checkpoint["epoch"], checkpoint["step"]) != (2, 0)
 
     assert start(output).wait(300) == 0, log_of(output)
     assert "run 1 of 2 (baseline, recipe reference, seed 0) is finished" in log_of(output)
     assert f"Going on after {checkpoint['epoch']} epochs and {checkpoint['step']} steps" in log_of(output)
-    for seed in (0, 1):
-        name = f"reference-baseline-{seed}"
-        assert run_results(output / "runs" / name)[1] == run_results(uninterrupted / "runs" / name)[1]
+    for run in runs:
+        assert run_results(run)[1] == run_results(uninterrupted / "runs" / run.name)[1]
 
 
 @pytest.mark.parametrize(

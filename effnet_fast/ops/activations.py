@@ -25,6 +25,11 @@ def as_activation(x: Tensor, name: str, **operands: Tensor | None) -> Tensor:
         if tensor is not None and (tensor.dtype == torch.float64) != (x.dtype == torch.float64):
             raise ValueError(f"{operand}: got {tensor.dtype}, {name} is {x.dtype}: both or neither must be float64")
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if _has_autocast(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
     return channels_last(x)
+
+
+@torch.compiler.assume_constant_result  # the compiler of torch 2.11 can't trace it
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
