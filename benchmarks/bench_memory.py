@@ -18,6 +18,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.bench_model import compiled, train_step
 from benchmarks.harness import (
     COMPILED,
     COMPILED_BUDGET,
@@ -56,18 +57,6 @@ def loss_of(model: nn.Module, backend: str, batch: Tensor) -> Tensor:
         return F.cross_entropy(model(batch), torch.arange(len(batch)) % 10)
 
 
-def train_step(model: nn.Module, backend: str, size: int, n: int) -> Call:
-    model, batch = copy.deepcopy(model).train(), images(n, size)
-
-    def step() -> list[Tensor]:
-        loss = loss_of(model, backend, batch)
-        loss.backward()
-        model.zero_grad()
-        return [loss.detach()]
-
-    return step
-
-
 def bytes_an_image(model: nn.Module, backend: str, size: int) -> tuple[float, float]:
     """What is allocated after the forward pass, and at most in a step, for each image more."""
 
@@ -90,10 +79,9 @@ def with_policy(model: EfficientNet, policy: Memory, segments: bool = False) -> 
     return model
 
 
-def compiled(model: nn.Module, budget: float) -> nn.Module:
-    torch.compiler.reset()
+def compiled_step(model: nn.Module, budget: float, size: int, n: int) -> Call:
     torch._functorch.config.activation_memory_budget = budget
-    return torch.compile(model)
+    return train_step(compiled(model), "eager", size, torch.bfloat16, n)
 
 
 def timm_model(model: EfficientNet, name: str, checkpoints: bool) -> nn.Module:
@@ -123,9 +111,9 @@ def test_memory(race: Callable[..., None], benchmark: BenchmarkFixture, shape: t
         contestants[TIMM_CHECKPOINTS] = timm_model(model, name, True), "auto"
     race(
         {
-            **{key: partial(train_step, *contestant, size) for key, contestant in contestants.items()},
-            COMPILED: lambda n: train_step(compiled(model, 1.0), "eager", size, n),
-            COMPILED_BUDGET: lambda n: train_step(compiled(model, 0.5), "eager", size, n),
+            **{key: partial(train_step, *contestant, size, torch.bfloat16) for key, contestant in contestants.items()},
+            COMPILED: partial(compiled_step, model, 1.0, size),
+            COMPILED_BUDGET: partial(compiled_step, model, 0.5, size),
         },
         examples=BATCH,
         seconds=SECONDS,

@@ -57,6 +57,11 @@ def speedup(rows: list[Row], name: str) -> float:
     return per_example(name) / per_example(OURS)
 
 
+def selected(words: str) -> list[str]:
+    """Options of pytest for the benchmarks whose names hold all the words."""
+    return ["-k", " and ".join(words.split())]
+
+
 def contestants(rows: list[Row]) -> list[str]:
     return [name for name in CONTESTANTS if any(name in row["contestants"] for row in rows)]
 
@@ -188,11 +193,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--memory", action="store_true", help="memory of training steps instead: hours for all variants"
     )
-    parser.add_argument("--only", help="of the benchmarks, those whose names hold this, as b3")
+    parser.add_argument("--only", help="of the benchmarks, those whose names hold these words, as b3")
     args = parser.parse_args(argv)
     args.output.mkdir(parents=True, exist_ok=True)
     options = [f"--{name.replace('_', '-')}" for name in ("quick", "no_compile") if getattr(args, name)]
-    options += ["-k", args.only] if args.only else []
+    options += selected(args.only) if args.only else []
     path = args.output / "benchmarks.json"
     try:
         run(path, (MEMORY_FILE,) if args.memory else FILES, options)

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.bench_ops import CASES, OPS
 from benchmarks.bench_passes import CONVOLUTIONS, DEPTHWISE, ELEMENTWISE
-from benchmarks.harness import COMPILED, OURS, TWIN, Call, check, race
+from benchmarks.harness import COMPILED, LEAN, MIN, OURS, TWIN, Call, check, race
 from benchmarks.report import markdown
 from effnet_fast.doctor import processor
 from effnet_fast.passes.schema import PASSES, PRODUCTS
@@ -133,6 +133,21 @@ def test_report_in_quick_mode(tmp_path: Path) -> None:
     text = (tmp_path / "benchmarks.md").read_text()
     assert text in done.stdout
     assert processor() in text.splitlines()[0]
+    assert (tmp_path / "benchmarks.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_memory_report_of_one_variant_in_quick_mode(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.report", "--memory", "--quick", "--no-compile", "--output", tmp_path]
+    done = subprocess.run(
+        [*command, "--only", "reference baseline"], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    (benchmark,) = json.loads((tmp_path / "benchmarks.json").read_text())["benchmarks"]
+    row = benchmark["extra_info"]
+    assert row["row"] == {"family": "reference", "variant": "baseline", "input": "224 px"}
+    assert row["kept"].keys() == row["peak"].keys() == row["contestants"].keys()
+    assert row["kept"][MIN] < row["kept"][LEAN] < row["kept"][OURS] < row["kept"][TWIN]
+    assert row["largest batch"]["fast"]["8 GB"] < row["largest batch"]["min"]["8 GB"]
     assert (tmp_path / "benchmarks.png").read_bytes().startswith(b"\x89PNG")
 
 
