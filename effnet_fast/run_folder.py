@@ -70,6 +70,16 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
+def read_json(path: Path, of: str) -> Any:
+    """What a JSON file in the folder of a "training run", say, holds. Raises RunError, which asks for such a folder."""
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise RunError(f"{path}: {error.strerror}; give the folder of a {of}") from None
+    except (ValueError, RecursionError):
+        raise RunError(f"{path}: not a JSON file; give the folder of a {of}") from None
+
+
 def check_archive(file: BinaryIO) -> None:
     """Raise for a zip file that torch.save did not write, or not so: torch itself compares no checksums."""
     with zipfile.ZipFile(file) as archive:
@@ -111,12 +121,7 @@ class RunFolder:
     def config(self) -> dict[str, Any]:
         """The configuration that the run was started with."""
         path = self.path / "config.json"
-        try:
-            config = json.loads(path.read_text())
-        except OSError as error:
-            raise RunError(f"{path}: {error.strerror}; give the folder of a training run") from None
-        except (ValueError, RecursionError):
-            raise RunError(f"{path}: not a JSON file; give the folder of a training run") from None
+        config = read_json(path, "training run")
         if not isinstance(config, dict):
             raise RunError(f"{path}: not a run's configuration; give the folder of a training run")
         return config

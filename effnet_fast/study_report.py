@@ -14,7 +14,7 @@ import torch
 from effnet_fast.doctor import processor
 from effnet_fast.model import STRIDES
 from effnet_fast.plots import plot_scaling, plot_training
-from effnet_fast.run_folder import RunError, RunFolder, write_atomic
+from effnet_fast.run_folder import RunError, RunFolder, read_json, write_atomic
 from effnet_fast.summary import PUBLISHED, count
 
 RESULTS = "results.json"
@@ -93,12 +93,7 @@ def collect(output: Path) -> Results:
 def read(output: Path) -> Results:
     """results.json of a study's folder. Raises RunError."""
     path = output / RESULTS
-    try:
-        results = json.loads(path.read_text())
-    except OSError as error:
-        raise RunError(f"{path}: {error.strerror}; give the folder of a study") from None
-    except (ValueError, RecursionError):
-        raise RunError(f"{path}: not a JSON file") from None
+    results = read_json(path, "study")
     if not isinstance(results, dict) or not {"settings", "runs", "eager"} <= results.keys():
         raise RunError(f"{path}: not the results of a study")
     return results

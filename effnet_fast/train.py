@@ -30,7 +30,7 @@ from effnet_fast.config import Config, fixed_difference, stored_options
 from effnet_fast.data import DATASETS, load_dataset
 from effnet_fast.evaluate import evaluate
 from effnet_fast.memory import available_bytes, format_bytes, keep_freed_memory, parse_memory, ran_out_of_memory
-from effnet_fast.model import STRIDES, check_strides, create_model
+from effnet_fast.model import STRIDES, check_strides
 from effnet_fast.passes.backend import BACKENDS, current, use_backend
 from effnet_fast.planning import Planner, describe
 from effnet_fast.plots import plot_curves
@@ -38,7 +38,7 @@ from effnet_fast.recipe import EMA_DECAY, LABEL_SMOOTHING, OPTIMIZERS, SCHEDULES
 from effnet_fast.run_folder import RunError, RunFolder, read_checkpoint
 from effnet_fast.scaling import BASE_RESOLUTION, FAMILIES, VARIANTS
 from effnet_fast.signals import Stopped, StopSignals
-from effnet_fast.summary import count_operations
+from effnet_fast.summary import Counts, count
 from effnet_fast.trainer import Trainer, make_planner
 from effnet_fast.weights import load_weights
 
@@ -223,7 +223,9 @@ def main(argv: list[str] | None = None, after_epoch: Callable[[], None] | None =
     # before this process does, and the tensors that filled the memory.
     if shortage is not None:
         classes, available, advice = shortage
-        message += f": {advice or _what_would_fit(config, classes, available)}"
+        with use_backend(config.backend):
+            advice = advice or _what_would_fit(config, make_planner(config, classes), available)
+        message += f": {advice}"
         if any(RunFolder(output).checkpoints()):
             message += f"; the last checkpoint in {output} is intact"
     parser.exit(status, f"{parser.prog}: {' '.join(message.split())}\n")
@@ -328,9 +330,8 @@ def _foresee(config: Config, classes: int, activations: int, available: int) -> 
     """What would fit, if a step needs more than there is. activations: of one image, for a first guess."""
     if 4 * (4 if config.amp == "off" else 2) * activations * config.batch_size < available:
         return None  # the planner takes seconds
-    if _needed(config, make_planner(config, classes)) < available:
-        return None
-    return _what_would_fit(config, classes, available)
+    planner = make_planner(config, classes)
+    return None if _needed(config, planner) < available else _what_would_fit(config, planner, available)
 
 
 def _needed(config: Config, planner: Planner) -> int:
@@ -341,23 +342,21 @@ def _needed(config: Config, planner: Planner) -> int:
     return planner.uniform(memory, config.batch_size).peak
 
 
-def _what_would_fit(config: Config, classes: int, available: int) -> str:
+def _what_would_fit(config: Config, planner: Planner, available: int) -> str:
     """What the run's step needs, what there is, and the options that would do with it."""
-    with use_backend(config.backend):
-        planner = make_planner(config, classes)
-        needed = _needed(config, planner)
-        # if it should have fitted, something else took of it
-        amount = f"{int(0.9 * min(available, needed) / 1e6)}MB"
-        budget = parse_memory(amount)
-        assert isinstance(budget, int)
-        smaller = planner.largest_batch(budget)
-        if smaller >= config.batch_size:
-            plan = planner.fastest(config.batch_size, budget)
-            advice = f"--memory {amount} would fit, {plan.extra_time:.0%} slower than --memory fast by estimate"
-        elif smaller:
-            advice = f"--memory {amount} --batch-size {smaller} would fit"
-        else:
-            advice = f"no batch fits {amount}; a smaller --resolution or --variant would"
+    needed = _needed(config, planner)
+    # if it should have fitted, something else took of it
+    amount = f"{int(0.9 * min(available, needed) / 1e6)}MB"
+    budget = parse_memory(amount)
+    assert isinstance(budget, int)
+    smaller = planner.largest_batch(budget)
+    if smaller >= config.batch_size:
+        plan = planner.fastest(config.batch_size, budget)
+        advice = f"--memory {amount} would fit, {plan.extra_time:.0%} slower than --memory fast by estimate"
+    elif smaller:
+        advice = f"--memory {amount} --batch-size {smaller} would fit"
+    else:
+        advice = f"no batch fits {amount}; a smaller --resolution or --variant would"
     return (
         f"a step of batch {config.batch_size} at {config.input_size} px needs {format_bytes(needed)} with --memory "
         f"{config.memory}, there are {format_bytes(available)}; {advice}"
@@ -414,15 +413,13 @@ def train(
     )
     val_batches = val_loader(val_split, **shared)
 
-    with torch.device("meta"):
-        model = create_model(config.variant, len(data.classes), family=config.family, strides=config.strides)
-    macs, activations = count_operations(model, config.input_size)
+    counts = count(config.variant, config.family, len(data.classes), config.resolution, config.strides)
     available = _available(torch.device(config.device), config.processes)
-    advice = _foresee(config, len(data.classes), activations, available)
+    advice = _foresee(config, len(data.classes), counts.activations, available)
     if advice is not None and distributed.rank() == 0:
         print(f"warning: memory may run out: {advice}", file=sys.stderr, flush=True)
     try:
-        _train(config, output, data.classes, macs, batches, val_batches, len(train_split), resume, state, after_epoch)
+        _train(config, output, data.classes, counts, batches, val_batches, len(train_split), resume, state, after_epoch)
     except (MemoryError, RuntimeError) as error:
         if not ran_out_of_memory(error):
             raise
@@ -433,7 +430,7 @@ def _train(
     config: Config,
     output: Path,
     classes: Sequence[str],
-    macs: int,
+    counts: Counts,
     batches: Loader,
     val_batches: Loader,
     images: int,
@@ -442,7 +439,6 @@ def _train(
     after_epoch: Callable[[], None] | None,
 ) -> None:
     trainer = Trainer(config, len(classes))
-    parameters = sum(p.numel() for p in trainer.model.parameters())
     if state is not None:
         trainer.load_state_dict(state)
     elif config.weights is not None:
@@ -458,8 +454,8 @@ def _train(
         else:
             RunFolder.create(output, stored)
         print(
-            f"Training {config.variant} ({config.family} family) on {config.dataset}: {parameters:,} parameters, "
-            f"{macs / 1e6:,.1f} M MACs at {config.input_size} px, {len(classes)} classes; "
+            f"Training {config.variant} ({config.family} family) on {config.dataset}: {counts.params:,} parameters, "
+            f"{counts.macs / 1e6:,.1f} M MACs at {config.input_size} px, {len(classes)} classes; "
             f"{images:,} images, {config.epochs} x {len(batches)} steps of {config.batch_size}"
             f"{f' in each of {config.processes} processes' if config.processes > 1 else ''}; "
             f"{config.device}, amp {config.amp}, backend {config.backend}; {output}",

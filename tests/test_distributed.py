@@ -17,8 +17,8 @@ import torch
 
 from effnet_fast.run_folder import read_checkpoint
 from effnet_fast.trainer import Trainer
-from tests.test_resume import kill_at_write, limit_file_size, wait_for
-from tests.tiny import SMALL, assert_same_bits, finish, results, start, tiny_variant
+from tests.test_resume import kill_at_write, limit_file_size
+from tests.tiny import SMALL, assert_same_bits, finish, results, start, tiny_variant, wait_for
 
 
 def start_group(

@@ -20,7 +20,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from effnet_fast import train
 from effnet_fast.run_folder import RunError, read_checkpoint
 from effnet_fast.trainer import Trainer
-from tests.tiny import SMALL, assert_same_bits, finish, results, start
+from tests.tiny import SMALL, assert_same_bits, finish, results, start, wait_for
 
 EVERY_STEP = ["--checkpoint-minutes", "0"]
 
@@ -123,13 +123,6 @@ def test_killed_with_all_of_the_recipe(tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", range(1, 80))
 def test_killed_at_every_write_of_an_epoch(uninterrupted: Path, tmp_path: Path, count: int) -> None:
     test_killed_while_writing(uninterrupted, tmp_path, count)
-
-
-def wait_for(condition: Any, seconds: float = 300) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def in_a_slow_group() -> None:

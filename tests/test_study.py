@@ -4,11 +4,8 @@ import json
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
 
 import pytest
 
@@ -16,6 +13,7 @@ from effnet_fast import study, study_report
 from effnet_fast.run_folder import RunError, RunFolder
 from effnet_fast.summary import count
 from tests.tiny import results as run_results
+from tests.tiny import wait_for
 
 SMALL = ["--variants", "baseline", "--seeds", "2", "--dataset", "digits", "--resolution", "32", "--augment", "fast"]
 SMALL += ["--batch-size", "8", "--limit-train", "32", "--limit-val", "40", "--epochs", "2", "--checkpoint-minutes", "0"]
@@ -30,13 +28,6 @@ def start(output: Path, *options: str) -> subprocess.Popen[bytes]:
 
 def log_of(output: Path) -> str:
     return (output / "log").read_text()
-
-
-def wait_until(condition: Callable[[], Any], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def descendants(pid: int) -> set[int]:
@@ -78,16 +69,16 @@ def test_killed_and_stopped_it_goes_on_where_it_was(uninterrupted: Path, tmp_pat
     runs = [output / "runs" / f"reference-baseline-{seed}" for seed in (0, 1)]
     process = start(output)
     # In the first run, which has a checkpoint after its first step.
-    wait_until(lambda: (runs[0] / "checkpoint.pt").exists() or process.poll() is not None)
+    wait_for(lambda: (runs[0] / "checkpoint.pt").exists() or process.poll() is not None, 120)
     started = descendants(process.pid)
     assert len(started) >= 2
     process.kill()
     assert process.wait() == -signal.SIGKILL
     # What it had started ends with it, or two processes would train the same run.
-    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started), 20)
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started), 20)
 
     process = start(output)
-    wait_until(lambda: (runs[1] / "checkpoint.pt").exists() or process.poll() is not None)
+    wait_for(lambda: (runs[1] / "checkpoint.pt").exists() or process.poll() is not None, 120)
     for pid in (process.pid, *descendants(process.pid)):  # as a supervisor does
         subprocess.run(["kill", "-TERM", str(pid)])
     assert process.wait(60) == 128 + signal.SIGTERM

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from multiprocessing.process import BaseProcess
@@ -110,6 +111,14 @@ def finish(process: BaseProcess, seconds: float = 300) -> int:
         process.join()
         raise TimeoutError(f"still running after {seconds} s")
     return process.exitcode
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 300) -> None:
+    """Until the condition is true; an assertion fails when the time is over."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def results(folder: Path) -> tuple[dict[str, Any], list[dict[str, float]]]:

@@ -1,4 +1,4 @@
-"""Activations as the passes take them, and what every op does about double backward."""
+"""Activations as the passes take them."""
 
 import torch
 from torch import Tensor
