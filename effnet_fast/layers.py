@@ -143,32 +143,28 @@ class MBConv(nn.Module):
         self.memory: ops.Memory = memory
 
     def forward(self, x: Tensor) -> Tensor:
+        expand, depthwise, se, project = self.expand, self.depthwise, self.se.operands(), self.project
+        conv, bn = depthwise.conv, depthwise.bn
         window: dict[str, Any] = {
-            "stride": self.depthwise.conv.stride[0],
-            "same": isinstance(self.depthwise.conv, Conv2dSame),
+            "stride": conv.stride[0],
+            "same": isinstance(conv, Conv2dSame),
             "residual": self.has_residual,
         }
-        if self.depthwise.bn is None:
-            return ops.mbconv_folded(
-                x,
-                self.expand.operands() if self.expand else None,
-                self.depthwise.operands(),
-                self.se.operands(),
-                self.project.operands(),
-                **window,
-            )
+        if bn is None:
+            expand_operands = expand.operands() if expand else None
+            return ops.mbconv_folded(x, expand_operands, depthwise.operands(), se, project.operands(), **window)
         branch_scale = None
         if self.has_residual and self.training and self.drop_path_rate > 0:
             branch_scale = drop_path_scale(len(x), self.drop_path_rate, x)
         return ops.mbconv(
             x,
-            self.expand.conv.weight if self.expand else None,
-            ops.BatchNorm.of(self.expand.bn) if self.expand else None,
-            self.depthwise.conv.weight,
-            ops.BatchNorm.of(self.depthwise.bn),
-            self.se.operands(),
-            self.project.conv.weight,
-            ops.BatchNorm.of(self.project.bn),
+            expand.conv.weight if expand else None,
+            ops.BatchNorm.of(expand.bn) if expand else None,
+            conv.weight,
+            ops.BatchNorm.of(bn),
+            se,
+            project.conv.weight,
+            ops.BatchNorm.of(project.bn),
             branch_scale=branch_scale,
             memory=self.memory,
             **window,

@@ -5,11 +5,7 @@
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
-#include "depthwise_backward.h"
-#include "elementwise.h"
-#include "normalization.h"
-#include "pointwise.h"
-#include "squeeze.h"
+#include "mbconv.h"
 
 STABLE_TORCH_LIBRARY_IMPL(effnet_fast, CPU, m) {
   m.impl("channel_stats", TORCH_BOX(&effnet_fast::channel_stats));
@@ -28,6 +24,8 @@ STABLE_TORCH_LIBRARY_IMPL(effnet_fast, CPU, m) {
   m.impl("batch_norm_grad", TORCH_BOX(&effnet_fast::batch_norm_grad));
   m.impl("squeeze_gate", TORCH_BOX(&effnet_fast::squeeze_gate));
   m.impl("squeeze_gate_grad", TORCH_BOX(&effnet_fast::squeeze_gate_grad));
+  m.impl("block_forward", TORCH_BOX(&effnet_fast::block_forward));
+  m.impl("block_backward", TORCH_BOX(&effnet_fast::block_backward));
 }
 
 // Importing the module registers the passes; it has nothing else to offer.

@@ -91,7 +91,7 @@ def mbconv(
         bn3.weight,
         bn3.bias,
         bn3.eps,
-        branch_scale,
+        None if branch_scale is None else branch_scale.float().contiguous(),
         stride,
         same,
         residual,
@@ -183,6 +183,13 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """out, e, y, p (empty if not kept), stats1, stats2, stats3, squeeze: see `section.Kept`."""
     passes = passes_for(x, w_depthwise.shape[-1], stride)
+    if _in_one_call(passes, x, group):
+        out, e, y, p, *others = passes.block_forward(
+            x, w_expand, bn1_weight, bn1_bias, bn1_eps, w_depthwise, bn2_weight, bn2_bias, bn2_eps, w_se_reduce,
+            b_se_reduce, w_se_expand, b_se_expand, w_project, bn3_weight, bn3_bias, bn3_eps, branch_scale, stride, same,
+            residual,
+        )  # fmt: skip
+        return out, *_those_kept(memory, e, y, p), *others
     e, stats1 = x, None
     if w_expand is not None and bn1_weight is not None and bn1_bias is not None:
         e, *moments = passes.pointwise_stats(x, w_expand, None, None, None)
@@ -194,8 +201,18 @@ def _forward(
     gate = branch_gate(branch_scale, p)
     out = passes.apply(p, stats3[0], stats3[1], False, gate, x if residual else None)
     e = x.new_empty(0) if w_expand is None else e
-    e, y, p = (t if keeps else x.new_empty(0) for t, keeps in zip((e, kept.y, p), _KEPT[memory], strict=True))
-    return out, e, y, p, kept.stats1, kept.stats2, stats3, kept.squeeze
+    return out, *_those_kept(memory, e, kept.y, p), kept.stats1, kept.stats2, stats3, kept.squeeze
+
+
+def _in_one_call(passes: Any, x: Tensor, group: str) -> bool:
+    """Whether the backend runs the whole block: not over a process group, nor fake tensors, of which those between the
+    passes are to be seen (`planning.py`)."""
+    return passes.block_forward is not None and not group and type(x) is Tensor
+
+
+def _those_kept(memory: str, e: Tensor, y: Tensor, p: Tensor) -> list[Tensor]:
+    """e, y and p, empty if not kept."""
+    return [t if keeps else t.new_empty(0) for t, keeps in zip((e, y, p), _KEPT[memory], strict=True)]
 
 
 def _fake(
@@ -209,8 +226,7 @@ def _fake(
     stats1, stats2, squeeze = sections.fake_stats(e, w_expand is not None, True)
     stats3 = stats2.new_empty(5, p.shape[1])
     out, e = torch.empty_like(p), x.new_empty(0) if w_expand is None else e
-    e, y, p = (t if keeps else x.new_empty(0) for t, keeps in zip((e, y, p), _KEPT[memory], strict=True))
-    return out, e, y, p, stats1, stats2, stats3, squeeze
+    return out, *_those_kept(memory, e, y, p), stats1, stats2, stats3, squeeze
 
 
 def _backward(
@@ -239,8 +255,16 @@ def _backward(
     """Gradients of x, bn3 [2, C] (weight, bias), bn2, w_project, w_depthwise, se, and with expansion w_expand, bn1."""
     passes = passes_for(x, w_depthwise.shape[-1], stride)
     dout = channels_last(dout)
+    e, y, p = _recompute(passes, x, e, y, p, stats1, stats2, squeeze, w_expand, w_depthwise, w_project, stride, same)
+    weights = (w_project, w_depthwise, w_se_reduce, b_se_reduce, w_se_expand, b_se_expand)
+    if _in_one_call(passes, x, group):
+        dx, dbn3, dbn2, *dweights, dw_expand, dbn1 = passes.block_backward(
+            dout, x, e, y, p, stats1, stats2, stats3, squeeze, w_expand, w_depthwise, w_se_reduce, b_se_reduce,
+            w_se_expand, b_se_expand, w_project, branch_scale, stride, same, residual,
+        )  # fmt: skip
+        shared = [dbn3, dbn2, *(d.to(w.dtype) for d, w in zip(dweights, weights, strict=True))]
+        return [dx, *shared] if w_expand is None else [dx, *shared, dw_expand.to(w_expand.dtype), dbn1]
     norm2, norm3 = Norm.of(stats2), Norm.of(stats3)
-    e, y, p = _recompute(passes, x, e, y, p, stats1, norm2, squeeze, w_expand, w_depthwise, w_project, stride, same)
     kept = sections.Kept(y, stats1, stats2, squeeze)
     gate = branch_gate(branch_scale, p)
     sums = passes.backward_sums(dout, p, *norm3, False)
@@ -267,7 +291,7 @@ def _recompute(
     y: Tensor,
     p: Tensor,
     stats1: Tensor,
-    norm2: Norm,
+    stats2: Tensor,
     squeeze: Tensor,
     w_expand: Tensor | None,
     w_depthwise: Tensor,
@@ -284,7 +308,7 @@ def _recompute(
         scale, shift = stats1[:2].unbind() if w_expand is not None else (None, None)
         y, _, _ = passes.dwconv_stats(e, w_depthwise, scale, shift, stride, same)
     if not p.numel():
-        p, _, _ = passes.pointwise_stats(y, w_project, norm2.scale, norm2.shift, squeeze[1])
+        p, _, _ = passes.pointwise_stats(y, w_project, stats2[0], stats2[1], squeeze[1])
     return e, y, p
 
 

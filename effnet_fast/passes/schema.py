@@ -37,6 +37,12 @@ batch_norm_grad     [4, C]: gradients of its weight and bias, and a and b of `ba
 squeeze_gate        [2, N, C]: the means that `pool` summed, and squeeze-excite's gate, a two-layer MLP of them
 squeeze_gate_grad   from the gate's gradient: `pooled_grad` of `backward_apply`, and the gradients of the MLP's weights
 
+All of these that a training block takes, in one call each way, which a backend may leave to `ops.mbconv`:
+
+block_forward      out, e (empty without expansion), y and p, `batch_norm_stats` of the three, and `squeeze_gate`
+block_backward     gradients of x, bn3 [2, C] (weight, bias), bn2, w_project, w_depthwise, squeeze-excite's weights and
+                    biases, w_expand and bn1 (empty without expansion)
+
 Windows have a stride of 1 or 2 and a square kernel of 3, 5 or 7, padded by k // 2 on every side, or as
 TensorFlow's SAME pads if `same`: ceil(size / stride) outputs, the odd pixel at the end.
 """
@@ -82,11 +88,25 @@ _ALGEBRA_SCHEMAS = (
     " Tensor b_expand) -> (Tensor pooled_grad, Tensor dw_reduce, Tensor db_reduce, Tensor dw_expand, Tensor db_expand)",
 )
 
+_BLOCK_SCHEMAS = (
+    "block_forward(Tensor x, Tensor? w_expand, Tensor? bn1_weight, Tensor? bn1_bias, float bn1_eps,"
+    " Tensor w_depthwise, Tensor bn2_weight, Tensor bn2_bias, float bn2_eps, Tensor w_se_reduce, Tensor b_se_reduce,"
+    " Tensor w_se_expand, Tensor b_se_expand, Tensor w_project, Tensor bn3_weight, Tensor bn3_bias, float bn3_eps,"
+    " Tensor? branch_scale, int stride, bool same, bool residual)"
+    " -> (Tensor out, Tensor e, Tensor y, Tensor p, Tensor stats1, Tensor stats2, Tensor stats3, Tensor squeeze)",
+    "block_backward(Tensor dout, Tensor x, Tensor e, Tensor y, Tensor p, Tensor stats1, Tensor stats2, Tensor stats3,"
+    " Tensor squeeze, Tensor? w_expand, Tensor w_depthwise, Tensor w_se_reduce, Tensor b_se_reduce, Tensor w_se_expand,"
+    " Tensor b_se_expand, Tensor w_project, Tensor? branch_scale, int stride, bool same, bool residual)"
+    " -> (Tensor dx, Tensor dbn3, Tensor dbn2, Tensor dw_project, Tensor dw_depthwise, Tensor dw_se_reduce,"
+    " Tensor db_se_reduce, Tensor dw_se_expand, Tensor db_se_expand, Tensor dw_expand, Tensor dbn1)",
+)
+
 PASSES = tuple(schema.split("(")[0] for schema in _SCHEMAS)
 PRODUCTS = tuple(schema.split("(")[0] for schema in _PRODUCT_SCHEMAS)
 ALGEBRA = tuple(schema.split("(")[0] for schema in _ALGEBRA_SCHEMAS)
+BLOCKS = tuple(schema.split("(")[0] for schema in _BLOCK_SCHEMAS)
 
-for _schema in (*_SCHEMAS, *_PRODUCT_SCHEMAS, *_ALGEBRA_SCHEMAS):
+for _schema in (*_SCHEMAS, *_PRODUCT_SCHEMAS, *_ALGEBRA_SCHEMAS, *_BLOCK_SCHEMAS):
     _LIBRARY.define(_schema)
 
 

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from effnet_fast import ops
+from effnet_fast.passes import backend
 from effnet_fast.passes.backend import use_backend
 
 # Relative to the norm of the float64 result. float32: some hundred roundings of 6e-8. bfloat16: activations are rounded
@@ -81,8 +82,10 @@ def call_mbconv(op: Callable[..., Tensor], block: Block, x: Tensor) -> Tensor:
 
 def call_mbconv_unexpanded(op: Callable[..., Tensor], block: Block, x: Tensor) -> Tensor:
     w = block.weights
+    residual = block.stride == 1 and w["project"].shape[0] == x.shape[1]
     return op(
-        x, None, None, w["depthwise"], block.bn(1), block.se(), w["project"], block.bn(2), **block.window()
+        x, None, None, w["depthwise"], block.bn(1), block.se(), w["project"], block.bn(2), residual=residual,
+        **block.window(),
     )  # fmt: skip
 
 
@@ -283,6 +286,28 @@ def test_memory_policies_give_the_same_gradients(
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
     saves = memory == "min" or name == "mbconv"
     assert fewer_bytes < all_bytes if saves else fewer_bytes == all_bytes
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("case", [*CASES, (16, 16, 16, 3, 1, False, 6, 5, 2)], ids=str)
+@pytest.mark.parametrize("expands", [True, False])
+def test_a_block_in_one_call_equals_its_passes(
+    expands: bool, case: Sequence[int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit: the CPU's whole block, and the same passes called one by one, as on other backends."""
+    assert torch.ops.effnet_fast.block_forward.default is backend._PASSES.cpu.block_forward
+
+    def train() -> list[Tensor]:
+        block, x = sample(case, expands)
+        x = x.to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+        out = (call_mbconv if expands else call_mbconv_unexpanded)(ops.mbconv, block, x)
+        out.square().sum().backward()
+        grads = [p.grad for p in (*block.weights.values(), *block.norms.parameters()) if p.grad is not None]
+        return [out, x.grad, *grads, *block.norms.buffers()]
+
+    whole = train()
+    monkeypatch.setattr(backend._PASSES.cpu, "block_forward", None)
+    assert all(torch.equal(a, b) for a, b in zip(whole, train(), strict=True))
 
 
 def test_an_expanded_gradient() -> None:

@@ -1,0 +1,111 @@
+// A training MBConv block in one call each way: the passes and the algebra between them, as `ops.mbconv` composes them.
+// Python takes as long from pass to pass as a pass over a small map does.
+#pragma once
+
+#include "depthwise_backward.h"
+#include "elementwise.h"
+#include "normalization.h"
+#include "pointwise.h"
+#include "squeeze.h"
+
+namespace effnet_fast {
+
+// The rows of batch_norm_stats.
+struct Norm {
+  Tensor scale, shift, mean, rstd;
+
+  explicit Norm(const Tensor& stats)
+      : scale(torch::stable::select(stats, 0, 0)), shift(torch::stable::select(stats, 0, 1)),
+        mean(torch::stable::select(stats, 0, 2)), rstd(torch::stable::select(stats, 0, 3)) {}
+};
+
+inline int64_t values_per_channel(const Tensor& x) { return x.size(0) * x.size(2) * x.size(3); }
+
+// A factor per image as a gate [N, C].
+inline OptionalTensor branch_gate(const OptionalTensor& branch_scale, int64_t channels) {
+  if (!branch_scale) return std::nullopt;
+  const int64_t images = branch_scale->numel();
+  const float* scale = check_floats(*branch_scale, "branch_scale", images);
+  Tensor gate = empty_floats({images, channels});
+  for (int64_t n = 0; n < images; ++n) std::fill_n(floats(gate) + n * channels, channels, scale[n]);
+  return gate;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> block_forward(
+    const Tensor& x, const OptionalTensor& w_expand, const OptionalTensor& bn1_weight, const OptionalTensor& bn1_bias,
+    double bn1_eps, const Tensor& w_depthwise, const Tensor& bn2_weight, const Tensor& bn2_bias, double bn2_eps,
+    const Tensor& w_se_reduce, const Tensor& b_se_reduce, const Tensor& w_se_expand, const Tensor& b_se_expand,
+    const Tensor& w_project, const Tensor& bn3_weight, const Tensor& bn3_bias, double bn3_eps,
+    const OptionalTensor& branch_scale, int64_t stride, bool same, bool residual) {
+  Tensor e = x, stats1 = empty_floats({0});
+  OptionalTensor scale1, shift1;
+  if (w_expand) {
+    STD_TORCH_CHECK(bn1_weight && bn1_bias, "bn1_weight, bn1_bias: must be given with w_expand");
+    const auto [output, mean, m2] = pointwise_stats(x, *w_expand, std::nullopt, std::nullopt, std::nullopt);
+    e = output;
+    stats1 = batch_norm_stats(mean, m2, *bn1_weight, *bn1_bias, bn1_eps, values_per_channel(e));
+    scale1 = torch::stable::select(stats1, 0, 0);
+    shift1 = torch::stable::select(stats1, 0, 1);
+  }
+  const auto [y, mean2, m2_2] = dwconv_stats(e, w_depthwise, scale1, shift1, stride, same);
+  const Tensor stats2 = batch_norm_stats(mean2, m2_2, bn2_weight, bn2_bias, bn2_eps, values_per_channel(y));
+  const Norm norm2(stats2);
+  const Tensor squeeze = squeeze_gate(pool(y, norm2.scale, norm2.shift, true), y.size(2) * y.size(3), w_se_reduce,
+                                      b_se_reduce, w_se_expand, b_se_expand);
+  const auto [p, mean3, m2_3] =
+      pointwise_stats(y, w_project, norm2.scale, norm2.shift, torch::stable::select(squeeze, 0, 1));
+  const Tensor stats3 = batch_norm_stats(mean3, m2_3, bn3_weight, bn3_bias, bn3_eps, values_per_channel(p));
+  const Norm norm3(stats3);
+  const Tensor out = apply(p, norm3.scale, norm3.shift, false, branch_gate(branch_scale, p.size(1)),
+                           residual ? OptionalTensor(x) : std::nullopt);
+  return {out, w_expand ? e : torch::stable::empty({0}, x.scalar_type()), y, p, stats1, stats2, stats3, squeeze};
+}
+
+// Gradients of x, bn3 [2, C] (weight, bias), bn2, w_project, w_depthwise, squeeze-excite's four, w_expand and bn1; the
+// last two are empty without expansion. e is x then.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> block_backward(
+    const Tensor& dout, const Tensor& x, const Tensor& e, const Tensor& y, const Tensor& p, const Tensor& stats1,
+    const Tensor& stats2, const Tensor& stats3, const Tensor& squeeze, const OptionalTensor& w_expand,
+    const Tensor& w_depthwise, const Tensor& w_se_reduce, const Tensor& b_se_reduce, const Tensor& w_se_expand,
+    const Tensor& b_se_expand, const Tensor& w_project, const OptionalTensor& branch_scale, int64_t stride, bool same,
+    bool residual) {
+  const Norm norm2(stats2), norm3(stats3);
+  const Tensor gate = torch::stable::select(squeeze, 0, 1);
+  const OptionalTensor branch = branch_gate(branch_scale, p.size(1));
+  const auto row = [](const Tensor& t, int64_t i) { return torch::stable::select(t, 0, i); };
+  const auto affine = [](Tensor grad) { return torch::stable::narrow(grad, 0, 0, 2); };
+
+  const Tensor sums3 = backward_sums(dout, p, norm3.scale, norm3.shift, norm3.mean, norm3.rstd, false);
+  const Tensor dbn3 = batch_norm_grad(stats3, sums3, branch, std::nullopt, values_per_channel(p));
+  const auto [dh, dw_project, sums2] =
+      backward_pointwise(dout, p, y, w_project, norm3.scale, norm3.shift, norm3.mean, false, branch, row(dbn3, 2),
+                         row(dbn3, 3), norm2.scale, norm2.shift, norm2.mean, norm2.rstd, gate, std::nullopt, true);
+  const auto [pooled_grad, dw_se_reduce, db_se_reduce, dw_se_expand, db_se_expand] =
+      squeeze_gate_grad(squeeze, row(sums2, 0), y.size(2) * y.size(3), w_se_reduce, b_se_reduce, w_se_expand, b_se_expand);
+  const Tensor dbn2 = batch_norm_grad(stats2, sums2, gate, pooled_grad, values_per_channel(y));
+
+  OptionalTensor scale1, shift1, mean1, rstd1;
+  if (w_expand) {
+    const Norm norm1(stats1);
+    scale1 = norm1.scale, shift1 = norm1.shift, mean1 = norm1.mean, rstd1 = norm1.rstd;
+  }
+  const auto [g, dw_depthwise, sums1] =
+      backward_dwconv(dh, y, e, w_depthwise, norm2.scale, norm2.shift, norm2.mean, gate, pooled_grad, row(dbn2, 2),
+                      row(dbn2, 3), scale1, shift1, mean1, rstd1, stride, same);
+  Tensor dx = g, dw_expand = empty_floats({0}), dbn1 = empty_floats({0});
+  if (w_expand) {
+    const Tensor grad1 =
+        batch_norm_grad(stats1, torch::stable::unsqueeze(sums1, 1), std::nullopt, std::nullopt, values_per_channel(e));
+    std::tie(dx, dw_expand, std::ignore) =
+        backward_pointwise(g, e, x, *w_expand, scale1, shift1, mean1, false, std::nullopt, row(grad1, 2), row(grad1, 3),
+                           std::nullopt, std::nullopt, std::nullopt, std::nullopt, std::nullopt,
+                           residual ? OptionalTensor(dout) : std::nullopt, true);
+    dbn1 = affine(grad1);
+  } else if (residual) {
+    dx = torch::stable::subtract(g, dout, -1.0);  // the stable ABI has no add
+  }
+  return {dx,           affine(dbn3), affine(dbn2), dw_project, dw_depthwise, dw_se_reduce, db_se_reduce,
+          dw_se_expand, db_se_expand, dw_expand,    dbn1};
+}
+
+}  // namespace effnet_fast
