@@ -1,7 +1,9 @@
 """Folding BatchNorm: the fused model against the unfused one in float64, its state dict, compilers, errors."""
 
 import copy
+import gc
 import io
+import math
 
 import pytest
 import torch
@@ -47,7 +49,10 @@ def test_every_kind_of_block(model: EfficientNet, kind: tuple[int, int]) -> None
     wide = copy.deepcopy(block).double()
     first = block.expand or block.depthwise
     channels = first.conv.in_channels
-    samples = [torch.randn(shape) for shape in ((3, channels, 7, 10), (1, channels, 1, 1), (2, channels, 5, 2))]
+    # the last is large enough for the CPU to take it image by image
+    side = math.ceil((2**20 / 4 / block.depthwise.conv.out_channels) ** 0.5)
+    sizes = ((3, 7, 10), (1, 1, 1), (2, 5, 2), (4, side + 3, side))
+    samples = [torch.randn(n, channels, h, w) for n, h, w in sizes]
     expected = [wide(x.double()) for x in samples]
     for part in (block.expand, block.depthwise, block.project):
         if part is not None:
@@ -111,6 +116,54 @@ def test_the_compiled_pass_runs_where_the_model_is_fused(small: EfficientNet, mo
     monkeypatch.setattr(ops.inference, "mbconv_folded_eager", lambda *args, **kwargs: blocks.append(args))
     assert small.fuse()(torch.randn(1, 3, 32, 32)).grad_fn is None
     assert not blocks
+
+
+@pytest.mark.parametrize("change", ["in place", "loaded", "dtype", "new parameter", "copied"])
+def test_packed_weights_follow_the_weights(small: EfficientNet, change: str) -> None:
+    """The CPU packs weights once, and again when they change."""
+    images = torch.randn(2, 3, 32, 32)
+    small.fuse()
+    small(images)
+    other = evaluated_model(Scaling(width=0.25)).fuse()
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(1.25)
+    if change == "in place":
+        with torch.no_grad():
+            for p in small.parameters():
+                p.mul_(1.25)
+    elif change == "loaded":
+        small.load_state_dict(other.state_dict())
+    elif change == "new parameter":
+        small.load_state_dict(other.state_dict(), assign=True)
+    elif change == "copied":
+        small = copy.deepcopy(small)
+        small.load_state_dict(other.state_dict())
+    else:
+        small, other, images = small.bfloat16(), other.bfloat16(), images.bfloat16()
+        small.load_state_dict(other.state_dict())
+    assert torch.equal(small(images), other(images))
+
+
+def test_packed_weights_go_with_the_weights(small: EfficientNet) -> None:
+    gc.collect()
+    before = len(ops.inference._PREPARED)
+    small.fuse()(torch.randn(1, 3, 32, 32))
+    assert len(ops.inference._PREPARED) == before + 18  # stem, 16 blocks, head
+    for module in small.modules():
+        module._parameters.clear()
+    gc.collect()
+    assert len(ops.inference._PREPARED) == before
+
+
+def test_weights_of_inference_mode_may_change_unseen(small: EfficientNet) -> None:
+    images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        fused = copy.deepcopy(small).fuse()
+        before = fused(images)
+        for p in fused.parameters():
+            p.mul_(1.25)
+        assert not torch.equal(fused(images), before)
 
 
 def test_fuse_returns_the_model_and_may_be_repeated(small: EfficientNet) -> None:

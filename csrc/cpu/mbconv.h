@@ -1,9 +1,10 @@
-// A training MBConv block in one call each way: the passes and the algebra between them, as `ops.mbconv` composes them.
-// Python takes as long from pass to pass as a pass over a small map does.
+// An MBConv block in one call, or in one each way: the passes and the algebra between them, as `ops.mbconv` and
+// `ops.mbconv_folded` compose them. Python takes as long from pass to pass as a pass over a small map does.
 #pragma once
 
 #include "depthwise_backward.h"
 #include "elementwise.h"
+#include "expand_depthwise.h"
 #include "normalization.h"
 #include "pointwise.h"
 #include "squeeze.h"
@@ -106,6 +107,52 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   }
   return {dx,           affine(dbn3), affine(dbn2), dw_project, dw_depthwise, dw_se_reduce, db_se_reduce,
           dw_se_expand, db_se_expand, dw_expand,    dbn1};
+}
+
+// Whether the images of a batch give all threads enough to do, each its own.
+inline bool enough_images(int64_t images) {
+  const int64_t threads = torch::stable::get_num_threads();
+  return images > 1 && (images % threads == 0 || images >= 4 * threads);
+}
+
+// A block whose BatchNorms are folded; expand and project from `pack_pointwise`.
+Tensor block_inference(const Tensor& x, const OptionalTensor& expand, const OptionalTensor& expand_shift,
+                       const Tensor& w_depthwise, const Tensor& depthwise_shift, const Tensor& w_se_reduce,
+                       const Tensor& b_se_reduce, const Tensor& w_se_expand, const Tensor& b_se_expand,
+                       const Tensor& project, const Tensor& project_shift, int64_t stride, bool same, bool residual) {
+  STD_TORCH_CHECK(!expand == !expand_shift, "expand_shift: must be given with expand, and only with it");
+  const Shape s = check_nhwc(x, "x");
+  const int64_t expanded = depthwise_shift.numel();
+  const Tensor ones = empty_floats({expanded});
+  std::fill_n(floats(ones), expanded, 1.f);
+  const auto project_gated = [&](const Tensor& z, const Tensor& pooled, const Tensor& given, const Tensor& out) {
+    const Tensor squeeze = squeeze_gate(pooled, z.size(2) * z.size(3), w_se_reduce, b_se_reduce, w_se_expand, b_se_expand);
+    packed_pointwise(z, project, torch::stable::select(squeeze, 0, 1), project_shift, false,
+                          residual ? OptionalTensor(given) : std::nullopt, out);
+  };
+  const auto depthwise = [&](const Tensor& e) {
+    return dwconv_affine(e, w_depthwise, std::nullopt, std::nullopt, ones, depthwise_shift, stride, same);
+  };
+
+  const Shape image_shape{1, expanded, s.h, s.w};
+  const Window win = depthwise_window(image_shape, w_depthwise, stride, same);
+  Tensor out = empty_nhwc({s.n, project_shift.numel(), win.out_h, win.out_w}, x.scalar_type());
+  // image by image, what is between the block's convolutions stays in cache; but not where the weights outweigh it
+  if (!enough_images(s.n) || expanded * s.n * s.pixels() < 1 << 20) {
+    const auto [z, pooled] = depthwise(expand ? packed_convolution(x, *expand, 1, 1, false, *expand_shift, true) : x);
+    project_gated(z, pooled, x, out);
+    return out;
+  }
+  if (expand) check_panels(*expand, x, expanded);
+  const std::vector<float> weight = pack_depthwise(w_depthwise, image_shape, win);
+  for_each_task(s.n, [&](int64_t n) {
+    Tensor batch = x;
+    const Tensor image = torch::stable::narrow(batch, 0, n, 1), into = torch::stable::narrow(out, 0, n, 1);
+    const auto [z, pooled] = expand ? expand_depthwise(image, *expand, *expand_shift, weight, win, depthwise_shift)
+                                    : depthwise(image);
+    project_gated(z, pooled, image, into);
+  });
+  return out;
 }
 
 }  // namespace effnet_fast

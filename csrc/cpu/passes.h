@@ -24,6 +24,9 @@ STABLE_TORCH_LIBRARY_IMPL(effnet_fast, CPU, m) {
   m.impl("batch_norm_grad", TORCH_BOX(&effnet_fast::batch_norm_grad));
   m.impl("squeeze_gate", TORCH_BOX(&effnet_fast::squeeze_gate));
   m.impl("squeeze_gate_grad", TORCH_BOX(&effnet_fast::squeeze_gate_grad));
+  m.impl("pack_pointwise", TORCH_BOX(&effnet_fast::pack_pointwise));
+  m.impl("packed_convolution", TORCH_BOX(&effnet_fast::packed_convolution));
+  m.impl("block_inference", TORCH_BOX(&effnet_fast::block_inference));
   m.impl("block_forward", TORCH_BOX(&effnet_fast::block_forward));
   m.impl("block_backward", TORCH_BOX(&effnet_fast::block_backward));
 }

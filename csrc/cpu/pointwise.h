@@ -206,28 +206,23 @@ std::tuple<Tensor, Tensor, Tensor> pointwise_stats(const Tensor& x, const Tensor
   return {y, mean, m2};
 }
 
-Tensor pointwise_affine(const Tensor& x, const Tensor& weight, const OptionalTensor& gate, const Tensor& scale,
-                        const Tensor& shift, bool silu_, const OptionalTensor& residual) {
-  const Shape s = check_nhwc(x, "x");
-  check_pointwise(weight, s);
-  const GatedInput input(std::nullopt, std::nullopt, gate, s);
-  const int64_t channels = weight.size(0);
-  const float *sc = check_floats(scale, "scale", channels), *sh = check_floats(shift, "shift", channels);
-  const FloatWeights w = as_floats(weight);
-  Tensor z = empty_nhwc({s.n, channels, s.h, s.w}, x.scalar_type());
+// Stores to z u or SiLU(u), u = product * scale + shift (scale null: product + shift), plus residual.
+inline void affine_product(const Tensor& x, const Shape& s, const Tensor& panels, const GatedInput& input,
+                           const float* scale, const float* shift, bool silu_, const OptionalTensor& residual,
+                           const Tensor& z) {
+  const int64_t channels = z.size(1);
   if (residual) check_like(*residual, "residual", z, "the output");
   dispatch(x, "x", [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     T* out = (T*)z.mutable_data_ptr();
     const T* res = residual ? (const T*)residual->const_data_ptr() : nullptr;
-    const Tensor panels = pack_panels<Words<T>>(w.data, s.c, channels, 1, s.c);
     const auto emit = [&](const Block& block, int64_t vector, const float* from, int64_t stride, float*) {
       with_lanes(vector, channels, [&](auto lanes) {
         const int64_t c = vector * kLanes, first = block.begin * channels + c;
-        const Vec scale = load(sc + c, lanes), shift = load(sh + c, lanes);
+        const Vec factor = scale ? load(scale + c, lanes) : broadcast(1.f), offset = load(shift + c, lanes);
         for (int64_t r = 0; r < block.rows; ++r) {
           const int64_t at = first + r * channels;
-          Vec value = load(from + r * stride) * scale + shift;
+          Vec value = load(from + r * stride) * factor + offset;
           prefetch_to_write(out + at + block.rows * channels);
           if (silu_) value = silu<T>(value);
           if (res) {
@@ -240,6 +235,49 @@ Tensor pointwise_affine(const Tensor& x, const Tensor& weight, const OptionalTen
     };
     multiply_pixels((const T*)x.const_data_ptr(), s, input, panels, channels, PixelChunks(s), emit);
   });
+}
+
+// The weight as a product with tensors of like's dtype reads it.
+Tensor pack_pointwise(const Tensor& weight, const Tensor& like) {
+  STD_TORCH_CHECK(weight.dim() == 4, "weight: must be [C_out, C_in, 1, 1]");
+  const Shape s{0, weight.size(1), 1, 1};
+  STD_TORCH_CHECK(s.c % 8 == 0, "weight: takes ", s.c, " channels, must be a multiple of 8");
+  check_pointwise(weight, s);
+  const FloatWeights w = as_floats(weight);
+  Tensor panels = empty_floats({0});
+  dispatch(like, "like", [&](auto* type) {
+    panels = pack_panels<Words<std::remove_pointer_t<decltype(type)>>>(w.data, s.c, weight.size(0), 1, s.c);
+  });
+  return panels;
+}
+
+inline void check_panels(const Tensor& panels, const Tensor& x, int64_t channels) {
+  const Shape s = check_nhwc(x, "x");
+  int64_t words = 0;
+  dispatch(x, "x", [&](auto* type) { words = s.c / Words<std::remove_pointer_t<decltype(type)>>::kDepth; });
+  const int64_t padded = (channels + kLanes - 1) / kLanes * kLanes;
+  check_on_cpu(panels, "panels");
+  STD_TORCH_CHECK(panels.scalar_type() == ScalarType::Float && panels.numel() == words * padded,
+                  "panels: must be of a weight from ", s.c, " to ", channels, " channels, packed for the dtype of x");
+}
+
+// pointwise_affine with packed weights and scale 1, stored to z.
+inline void packed_pointwise(const Tensor& x, const Tensor& panels, const OptionalTensor& gate, const Tensor& shift,
+                             bool silu_, const OptionalTensor& residual, const Tensor& z) {
+  const Shape s = check_nhwc(x, "x");
+  check_panels(panels, x, shift.numel());
+  affine_product(x, s, panels, GatedInput(std::nullopt, std::nullopt, gate, s), nullptr,
+                 check_floats(shift, "shift", shift.numel()), silu_, residual, z);
+}
+
+Tensor pointwise_affine(const Tensor& x, const Tensor& weight, const OptionalTensor& gate, const Tensor& scale,
+                        const Tensor& shift, bool silu_, const OptionalTensor& residual) {
+  const Shape s = check_nhwc(x, "x");
+  check_pointwise(weight, s);
+  const int64_t channels = weight.size(0);
+  const Tensor z = empty_nhwc({s.n, channels, s.h, s.w}, x.scalar_type());
+  affine_product(x, s, pack_pointwise(weight, x), GatedInput(std::nullopt, std::nullopt, gate, s),
+                 check_floats(scale, "scale", channels), check_floats(shift, "shift", channels), silu_, residual, z);
   return z;
 }
 
@@ -506,6 +544,15 @@ Tensor patches(const Tensor& x, int64_t kernel, int64_t stride, bool same) {
     });
   });
   return out;
+}
+
+// u or SiLU(u) of a convolution with packed weights, u = convolution + shift.
+Tensor packed_convolution(const Tensor& x, const Tensor& panels, int64_t kernel, int64_t stride, bool same,
+                          const Tensor& shift, bool silu_) {
+  const Tensor source = kernel == 1 ? x : patches(x, kernel, stride, same);
+  Tensor z = empty_nhwc({x.size(0), shift.numel(), source.size(2), source.size(3)}, x.scalar_type());
+  packed_pointwise(source, panels, std::nullopt, shift, silu_, std::nullopt, z);
+  return z;
 }
 
 }  // namespace effnet_fast

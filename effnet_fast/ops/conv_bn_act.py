@@ -82,12 +82,16 @@ def convolution_backend(x: Tensor, weight: Tensor, stride: int) -> str:
 
 def as_product(passes: Any, x: Tensor, weight: Tensor, stride: int, same: bool) -> tuple[Tensor, Tensor]:
     """The input and the weight [C_out, C, 1, 1] of a 1x1 convolution that is the same."""
-    out_channels, _, kernel, _ = weight.shape
-    if kernel == 1:
-        return x, weight
-    matrix = weight.permute(0, 2, 3, 1).reshape(out_channels, -1)
-    matrix = F.pad(matrix, (0, -matrix.shape[1] % 8))[:, :, None, None]
-    return passes.patches(x, kernel, stride, same), matrix
+    kernel = weight.shape[-1]
+    return x if kernel == 1 else passes.patches(x, kernel, stride, same), as_pointwise(weight)
+
+
+def as_pointwise(weight: Tensor) -> Tensor:
+    """The weight [C_out, C, 1, 1] of the 1x1 convolution of `patches`, or the weight itself if it is one."""
+    if weight.shape[-1] == 1:
+        return weight
+    matrix = weight.permute(0, 2, 3, 1).flatten(1)
+    return F.pad(matrix, (0, -matrix.shape[1] % 8))[:, :, None, None]
 
 
 def _forward(

@@ -37,11 +37,16 @@ batch_norm_grad     [4, C]: gradients of its weight and bias, and a and b of `ba
 squeeze_gate        [2, N, C]: the means that `pool` summed, and squeeze-excite's gate, a two-layer MLP of them
 squeeze_gate_grad   from the gate's gradient: `pooled_grad` of `backward_apply`, and the gradients of the MLP's weights
 
-All of these that a training block takes, in one call each way, which a backend may leave to `ops.mbconv`:
+All of these that a block takes in one call, and products with weights that are laid out for them once. Backends may
+lack them, compilers do not see them:
 
-block_forward      out, e (empty without expansion), y and p, `batch_norm_stats` of the three, and `squeeze_gate`
-block_backward     gradients of x, bn3 [2, C] (weight, bias), bn2, w_project, w_depthwise, squeeze-excite's weights and
+block_forward       out, e (empty without expansion), y and p, `batch_norm_stats` of the three, and `squeeze_gate`
+block_backward      gradients of x, bn3 [2, C] (weight, bias), bn2, w_project, w_depthwise, squeeze-excite's weights and
                     biases, w_expand and bn1 (empty without expansion)
+block_inference     a block with folded BatchNorms, of which the biases are left; expand and project as packed
+pack_pointwise      the weight of a 1x1 convolution, laid out for inputs of like's dtype
+packed_convolution  inference: SiLU(u) or u of a convolution, u = convolution + shift. panels: the packed weight, for a
+                    kernel of more than 1 of the 1x1 convolution of `patches`
 
 Windows have a stride of 1 or 2 and a square kernel of 3, 5 or 7, padded by k // 2 on every side, or as
 TensorFlow's SAME pads if `same`: ceil(size / stride) outputs, the odd pixel at the end.
@@ -99,6 +104,11 @@ _BLOCK_SCHEMAS = (
     " Tensor b_se_expand, Tensor w_project, Tensor? branch_scale, int stride, bool same, bool residual)"
     " -> (Tensor dx, Tensor dbn3, Tensor dbn2, Tensor dw_project, Tensor dw_depthwise, Tensor dw_se_reduce,"
     " Tensor db_se_reduce, Tensor dw_se_expand, Tensor db_se_expand, Tensor dw_expand, Tensor dbn1)",
+    "block_inference(Tensor x, Tensor? expand, Tensor? expand_shift, Tensor w_depthwise, Tensor depthwise_shift,"
+    " Tensor w_se_reduce, Tensor b_se_reduce, Tensor w_se_expand, Tensor b_se_expand, Tensor project,"
+    " Tensor project_shift, int stride, bool same, bool residual) -> Tensor",
+    "pack_pointwise(Tensor weight, Tensor like) -> Tensor",
+    "packed_convolution(Tensor x, Tensor panels, int kernel, int stride, bool same, Tensor shift, bool silu) -> Tensor",
 )
 
 PASSES = tuple(schema.split("(")[0] for schema in _SCHEMAS)

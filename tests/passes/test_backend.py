@@ -11,7 +11,7 @@ import torch
 from effnet_fast import doctor
 from effnet_fast.passes import backend
 from effnet_fast.passes.backend import current, passes_for, resolve, use_backend, why_not
-from effnet_fast.passes.schema import ALGEBRA, PASSES, PRODUCTS
+from effnet_fast.passes.schema import ALGEBRA, BLOCKS, PASSES, PRODUCTS
 
 X = torch.zeros(1, 8, 2, 2)
 
@@ -112,9 +112,9 @@ def test_an_older_gpu_than_the_passes_were_built_for_is_refused(monkeypatch) -> 
         assert given is None if reason is None else reason in given
 
 
-def test_every_backend_has_all_passes_products_and_algebra() -> None:
+def test_every_backend_has_all_passes_products_and_algebra_or_lacks_blocks() -> None:
     assert backend.why_unavailable("triton") is None
-    for name in PASSES + PRODUCTS + ALGEBRA:
+    for name in PASSES + PRODUCTS + ALGEBRA + BLOCKS:
         assert all(hasattr(getattr(backend._PASSES, of), name) for of in ("cpu", "cuda", "triton", "reference"))
 
 
