@@ -1,7 +1,8 @@
 """Train the variants by one recipe and compare them: ``python -m effnet_fast.study --data-dir D --resolution 32``.
 
 Every other option is the training command's, for all runs. One run trains at a time, each in a folder of --output/runs;
-whatever ends the command, the same command goes on where it was.
+whatever ends the command, the same command goes on where it was. What has finished stands in results.json, and is not
+trained again even if its folder is gone.
 """
 
 import importlib.util
@@ -66,10 +67,6 @@ class Run(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.config.variant}, recipe {self.recipe}, seed {self.config.seed}"
-
-    @property
-    def epochs_done(self) -> int:
-        return len(RunFolder(self.path).metrics())
 
 
 def _parser() -> ArgumentParser:
@@ -155,12 +152,13 @@ def _train_all(runs: list[Run], output: Path, measure_eager: bool, signals: Stop
     output.mkdir(parents=True, exist_ok=True)
     if measure_eager:
         _measure_eager(runs, output, signals)
+    finished = study_report.finished(output)
     for number, run in enumerate(runs, 1):
-        if run.epochs_done >= run.config.epochs:
+        if run.path.name in finished:
             print(f"study: run {number} of {len(runs)} ({run}) is finished", flush=True)
             continue
-        print(f"study: run {number} of {len(runs)} ({run}), {_progress(runs)}", flush=True)
-        status = _in_child(train.main, run.options, partial(_print_progress, runs), signals=signals)
+        print(f"study: run {number} of {len(runs)} ({run}), {_progress(runs, finished)}", flush=True)
+        status = _in_child(train.main, run.options, partial(_print_progress, runs, finished), signals=signals)
         if not RunFolder(run.path).has_run():
             signals.check()
             sys.exit(status)  # its reason is printed, and would be the others' too
@@ -227,28 +225,33 @@ def _obey(parent: Connection) -> None:
         os._exit(1)
 
 
-def _print_progress(runs: list[Run]) -> None:
-    print(f"study: {_progress(runs)}", flush=True)
+Metrics = list[dict[str, Any]]
 
 
-def _progress(runs: list[Run]) -> str:
-    """How far the study is, and the time left as far as it can be told: by a variant's own epochs, else by its MACs."""
-    done, total, seconds, per_mac = 0, 0, {}, []
+def _print_progress(runs: list[Run], finished: dict[str, Metrics]) -> None:
+    print(f"study: {_progress(runs, finished)}", flush=True)
+
+
+def _progress(runs: list[Run], finished: dict[str, Metrics]) -> str:
+    """How far the study is, and the time left as far as it can be told: by a variant's own epochs, else by its MACs.
+
+    finished: metrics by names of folders, of runs whose folders may be gone.
+    """
+    done, seconds, per_mac = {}, {}, []
     for run in runs:
-        metrics = RunFolder(run.path).metrics()
-        done += min(len(metrics), run.config.epochs)
-        total += run.config.epochs
+        metrics = finished.get(run.path.name) or RunFolder(run.path).metrics()
+        done[run.path] = min(len(metrics), run.config.epochs)
         if metrics:
             seconds[run.config.variant] = median(row["seconds"] for row in metrics)
             per_mac.append(seconds[run.config.variant] / _macs(run.config))
-    text = f"{done} of {total} epochs"
+    text = f"{sum(done.values())} of {sum(run.config.epochs for run in runs)} epochs"
     if not per_mac:
         return text
     left = 0.0
     for run in runs:
         known = seconds.get(run.config.variant)
         epoch = mean(per_mac) * _macs(run.config) if known is None else known
-        left += max(0, run.config.epochs - run.epochs_done) * epoch
+        left += (run.config.epochs - done[run.path]) * epoch
     return f"{text}, about {timedelta(seconds=round(left))} left"
 
 
@@ -298,9 +301,10 @@ def _draw_cam(config: Config, output: Path) -> None:
     data = load_dataset(config.dataset, config.data_dir, verify=config.verify)
     models = []
     for recipe, rows in study_report.by_recipe(study_report.collect(output)).items():
-        for row in (row for row in rows if row.done >= row.epochs):
-            run = RunModel.load(output / "runs" / run_name(recipe, row.variant, row.runs[0]["seed"]))
-            models.append((f"{row.variant}, {recipe}", run))
+        for row in rows:
+            path = output / "runs" / run_name(recipe, row.variant, row.runs[0]["seed"])
+            if row.done >= row.epochs and path.exists():
+                models.append((f"{row.variant}, {recipe}", RunModel.load(path)))
     labels = data.val.labels.tolist()
     images = []
     for label, name in list(enumerate(data.classes))[:CAM_IMAGES]:

@@ -47,10 +47,13 @@ def settings(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def collect(output: Path) -> Results:
-    """The results of the runs in a study's folder as they are now, and what results.json says of eager PyTorch.
+    """The results of the runs in a study's folder as they are now, and what else results.json knows.
 
+    That is eager PyTorch's images/s, and finished runs whose folders are gone: a study goes on from its results.json.
     Raises RunError for files that are damaged, or runs of one recipe whose configurations differ.
     """
+    known = read(output) if (output / RESULTS).exists() else {"settings": {}, "runs": [], "eager": {}}
+    where = {_run_name(run): run["processor"] for run in known["runs"]}
     runs: list[Run] = []
     shared: dict[str, Any] = {}
     for path in sorted((output / "runs").glob("*-*-*/config.json")):
@@ -77,17 +80,38 @@ def collect(output: Path) -> Results:
                 "parameters": size.params,
                 "macs": size.macs,
                 "flops": size.flops,
+                "processor": where.get(path.parent.name) or _machine(),
                 "metrics": folder.metrics(),
             }
         )
+    there = {_run_name(run) for run in runs}
+    for run in known["runs"]:
+        common = known["settings"][run["recipe"]]
+        if _run_name(run) not in there and len(run["metrics"]) >= common["epochs"]:
+            if shared.setdefault(run["recipe"], common) != common:
+                raise RunError(
+                    f"{output / RESULTS}: its runs of recipe {run['recipe']} have other options than those here"
+                )
+            runs.append(run)
+    return {"settings": shared, "runs": runs, "eager": known["eager"]}
+
+
+def finished(output: Path) -> dict[str, list[dict[str, Any]]]:
+    """The metrics of a study's finished runs, by `run_name`. Raises RunError as `collect`."""
+    results = collect(output)
     return {
-        "processor": processor(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "settings": shared,
-        "runs": runs,
-        "eager": read(output)["eager"] if (output / RESULTS).exists() else {},
+        _run_name(run): run["metrics"]
+        for run in results["runs"]
+        if len(run["metrics"]) >= results["settings"][run["recipe"]]["epochs"]
     }
+
+
+def _run_name(run: Run) -> str:
+    return run_name(run["recipe"], run["variant"], run["seed"])
+
+
+def _machine() -> str:
+    return f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def read(output: Path) -> Results:
@@ -190,7 +214,8 @@ def _duration(seconds: float) -> str:
 
 
 def _markdown(results: Results) -> Iterator[str]:
-    yield f"On {results['processor']}, {results['threads']} threads, torch {results['torch']}."
+    if results["runs"]:
+        yield f"On {'; '.join(dict.fromkeys(run['processor'] for run in results['runs']))}."
     yield "Top-1 on the whole validation split, mean ± standard deviation over the seeds; `best` is the best epoch of"
     yield "that split itself. A training run's time is the median epoch's, validation included, times the epochs."
     for recipe, rows in by_recipe(results).items():

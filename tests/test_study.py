@@ -95,6 +95,31 @@ def test_killed_and_stopped_it_goes_on_where_it_was(uninterrupted: Path, tmp_pat
         assert run_results(run)[1] == run_results(uninterrupted / "runs" / run.name)[1]
 
 
+def test_goes_on_from_results_json_alone(uninterrupted: Path, tmp_path: Path) -> None:
+    """As committed: without the runs. What is finished there is not trained again, what was not is."""
+    output = tmp_path / "results"
+    output.mkdir()
+    results = study_report.read(uninterrupted)
+    results["runs"][0]["processor"] = "an abacus"
+    del results["runs"][1]["metrics"][1]
+    (output / "results.json").write_text(json.dumps(results))
+    assert start(output).wait(300) == 0, log_of(output)
+    assert "run 1 of 2 (baseline, recipe reference, seed 0) is finished" in log_of(output)
+    assert [path.name for path in (output / "runs").iterdir()] == ["reference-baseline-1"]
+    assert results["runs"][0] in study_report.read(output)["runs"]
+    assert (
+        run_results(output / "runs" / "reference-baseline-1")[1]
+        == run_results(uninterrupted / "runs" / "reference-baseline-1")[1]
+    )
+    assert (output / "results.md").read_text().startswith("On ")
+    assert "; an abacus." in (output / "results.md").read_text()
+    assert (output / "cam.png").exists()
+    results["settings"]["reference"]["epochs"] = 1
+    (output / "results.json").write_text(json.dumps(results))
+    with pytest.raises(RunError, match="runs of recipe reference have other options than those here"):
+        study_report.collect(output)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -140,9 +165,6 @@ def made_up(*runs: tuple[str, str, int, list[dict[str, float]]]) -> study_report
     """Of runs of three epochs."""
     counts = {variant: count(variant, "reference", 10, 32) for _, variant, _, _ in runs}
     return {
-        "processor": "an abacus",
-        "threads": 1,
-        "torch": "2.11",
         "settings": {recipe: {"dataset": "cifar10", "epochs": 3, "amp": "bf16", "freeze": None} for recipe, *_ in runs},
         "eager": {},
         "runs": [
@@ -154,6 +176,7 @@ def made_up(*runs: tuple[str, str, int, list[dict[str, float]]]) -> study_report
                 "parameters": counts[variant].params,
                 "macs": counts[variant].macs,
                 "flops": counts[variant].flops,
+                "processor": "an abacus, 1 threads, torch 2.11",
                 "metrics": metrics,
             }
             for recipe, variant, seed, metrics in runs
@@ -275,10 +298,12 @@ def test_time_left(tmp_path: Path) -> None:
     args, rest = study._parser().parse_known_args(options)
     runs = study._plan("reference", ["baseline", "width"], args.seeds, rest, tmp_path)
     assert [str(run) for run in runs] == ["baseline, recipe reference, seed 0", "width, recipe reference, seed 0"]
-    assert study._progress(runs) == "0 of 4 epochs"
+    assert study._progress(runs, {}) == "0 of 4 epochs"
     folder = RunFolder.create(runs[0].path, {})
     folder.append_metrics(epoch(0, seconds=1000.0))
     baseline, width = (count(variant, "reference", 10, 32).macs for variant in ("baseline", "width"))
     left = round(1000 + 2 * 1000 * width / baseline)
     expected = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
-    assert study._progress(runs) == f"1 of 4 epochs, about {expected} left"
+    assert study._progress(runs, {}) == f"1 of 4 epochs, about {expected} left"
+    gone = {"reference-width-0": [epoch(0, seconds=7.0)] * 2}
+    assert study._progress(runs, gone) == "3 of 4 epochs, about 0:16:40 left"
