@@ -40,6 +40,8 @@ class Config:
     schedule: str
     warmup_epochs: int
     label_smoothing: float
+    drop_rate: float | None
+    drop_path_rate: float | None
     ema_decay: float
     ema_warmup: bool
     accumulate: int

@@ -15,7 +15,14 @@ def process_group() -> Iterator[None]:
     if "RANK" not in os.environ:
         yield
         return
-    dist.init_process_group()
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restarts == "0" or os.environ["LOCAL_WORLD_SIZE"] != os.environ["WORLD_SIZE"]:
+        dist.init_process_group()
+    else:
+        # torchrun goes on serving the store in which the processes that ended left their addresses: whoever reads one
+        # before its successor has written its own finds nobody there. (Nodes may count restarts differently.)
+        store, number, count = next(dist.rendezvous("env://"))
+        dist.init_process_group(store=dist.PrefixStore(f"restart {restarts}", store), rank=number, world_size=count)
     try:
         yield
     finally:

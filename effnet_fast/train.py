@@ -121,6 +121,12 @@ def _parser() -> ArgumentParser:
         help="in which the learning rate grows to its peak; default: 10",
     )
     parser.add_argument("--label-smoothing", type=at_least(0.0), default=LABEL_SMOOTHING, help="default: 0.1")
+    parser.add_argument(
+        "--drop-rate", type=at_least(0.0), help="dropout before the classifier; default: the variant's, 0.2 or more"
+    )
+    parser.add_argument(
+        "--drop-path-rate", type=at_least(0.0), help="of the last block, those before have less; default: 0.2"
+    )
     parser.add_argument("--ema-decay", type=at_least(0.0), default=EMA_DECAY, help="default: 0.9999")
     parser.add_argument(
         "--no-ema-warmup", dest="ema_warmup", action="store_false", help="use the decay from the first step on"
@@ -290,6 +296,9 @@ def _newest_state(run: RunFolder, stored: dict[str, Any]) -> dict[str, Any] | No
 
 def _config(args: dict[str, Any]) -> Config:
     check_strides(args["strides"])
+    for name in ("drop_rate", "drop_path_rate"):
+        if args[name] is not None and args[name] >= 1:
+            raise ValueError(f"--{name.replace('_', '-')}: got {args[name]}, must be from 0 to less than 1")
     device = _device(args["device"])
     args["device"] = str(device)
     if args["amp"] is None:

@@ -19,7 +19,8 @@ from effnet_fast.augment import Batch, derive_seed
 from effnet_fast.config import Config
 from effnet_fast.divergence import Diverged, first_not_finite
 from effnet_fast.memory import parse_memory
-from effnet_fast.model import create_model
+from effnet_fast.model import EfficientNet, create_model
+from effnet_fast.ops.memory_policy import Memory
 from effnet_fast.planning import Plan, Planner
 from effnet_fast.recipe import lr_factor, make_ema, make_loss, make_optimizer
 
@@ -41,7 +42,7 @@ class Trainer:
         self.device = torch.device(config.device)
         memory = parse_memory(config.memory)
         policy = "fast" if isinstance(memory, int) else memory
-        self.model = create_model(config.variant, classes, family=config.family, strides=config.strides, memory=policy)
+        self.model = _make_model(config, classes, policy)
         self.plan: Plan | None = None
         if isinstance(memory, int):
             self.plan = make_planner(config, classes).fastest(config.batch_size, memory)
@@ -210,10 +211,22 @@ class Trainer:
             raise ValueError("checkpoint: does not fit the run's configuration") from None
 
 
+def _make_model(config: Config, classes: int, memory: Memory = "fast") -> EfficientNet:
+    return create_model(
+        config.variant,
+        classes,
+        family=config.family,
+        strides=config.strides,
+        drop_rate=config.drop_rate,
+        drop_path_rate=config.drop_path_rate,
+        memory=memory,
+    )
+
+
 def make_planner(config: Config, classes: int) -> Planner:
     """Of the memory of a run's steps. Allocates none for its model."""
     with torch.device("meta"):
-        model = create_model(config.variant, classes, family=config.family, strides=config.strides)
+        model = _make_model(config, classes)
     for module in _freeze(model, config.freeze):
         module.eval()
     return Planner(

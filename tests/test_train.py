@@ -115,6 +115,8 @@ def test_first_line_says_what_is_trained(tmp_path: Path) -> None:
         (["--dataset", "mnist"], "choose from 'cifar10', 'digits', 'folder'"),
         (["--augment", "none"], "choose from 'reference', 'fast', 'crop'"),
         (["--strides", "1,1"], "strides: got 1,1, must be eight of 1 or 2"),
+        (["--drop-rate", "1"], "--drop-rate: got 1.0, must be from 0 to less than 1"),
+        (["--drop-path-rate", "1"], "--drop-path-rate: got 1.0, must be from 0 to less than 1"),
         (["--backend", "tpu"], "choose from 'auto', 'eager', 'cpu'"),
         (["--amp", "fp8"], "choose from 'off', 'bf16', 'fp16'"),
         (["--device", "tpu"], "got 'tpu', choose from cpu"),

@@ -28,6 +28,15 @@ def trainer(**options: Any) -> Trainer:
     return Trainer(config_of(**options), 10)
 
 
+def test_drop_rates_are_the_options_or_else_the_variants() -> None:
+    own = trainer().model
+    assert own.dropout.p == 0.2
+    assert [block.drop_path_rate for stage in own.stages for block in stage][-1] > 0.1
+    changed = trainer(drop_rate=0.0, drop_path_rate=0.0).model
+    assert changed.dropout.p == 0.0
+    assert {block.drop_path_rate for stage in changed.stages for block in stage} == {0.0}
+
+
 def batch(seed: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(8, 3, 32, 32, generator=generator), torch.randint(10, (8,), generator=generator)
