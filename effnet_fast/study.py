@@ -56,6 +56,8 @@ CLASSES = 10
 CAM_IMAGES = 6
 EAGER_STEPS = 7
 
+Metrics = list[dict[str, Any]]  # of a run, an epoch each
+
 
 class Run(NamedTuple):
     """One to be trained: the training command's options and what follows from them."""
@@ -223,9 +225,6 @@ def _obey(parent: Connection) -> None:
             signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     except EOFError:  # the parent was killed
         os._exit(1)
-
-
-Metrics = list[dict[str, Any]]
 
 
 def _print_progress(runs: list[Run], finished: dict[str, Metrics]) -> None:

@@ -88,10 +88,9 @@ def collect(output: Path) -> Results:
     for run in known["runs"]:
         common = known["settings"][run["recipe"]]
         if _run_name(run) not in there and len(run["metrics"]) >= common["epochs"]:
-            if shared.setdefault(run["recipe"], common) != common:
-                raise RunError(
-                    f"{output / RESULTS}: its runs of recipe {run['recipe']} have other options than those here"
-                )
+            own = shared.setdefault(run["recipe"], common)
+            if any(common.get(name, value) != value for name, value in own.items()):
+                raise RunError(f"{output / RESULTS}: runs of recipe {run['recipe']} have other options than those here")
             runs.append(run)
     return {"settings": shared, "runs": runs, "eager": known["eager"]}
 
