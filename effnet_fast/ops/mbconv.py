@@ -205,9 +205,11 @@ def _forward(
 
 
 def _in_one_call(passes: Any, x: Tensor, group: str) -> bool:
-    """Whether the backend runs the whole block: not over a process group, nor fake tensors, of which those between the
-    passes are to be seen (`planning.py`)."""
-    return passes.block_forward is not None and not group and type(x) is Tensor
+    """Whether the backend runs the whole block: not over a process group, nor where those between the passes are to be
+    seen, by a profiler or of fake tensors (`planning.py`)."""
+    if passes.block_forward is None or group or type(x) is not Tensor:
+        return False
+    return not torch.autograd._profiler_enabled()
 
 
 def _those_kept(memory: str, e: Tensor, y: Tensor, p: Tensor) -> list[Tensor]:
