@@ -10,13 +10,17 @@ from torch.utils.checkpoint import checkpoint
 from effnet_fast.passes.backend import current, use_backend
 
 
-@torch.compiler.disable  # a compiler knows no checkpoint with contexts of its own
 def checkpointed(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
     """x through the modules, one after another; what their backward passes need is computed again from x.
 
     The same random numbers, autocast and backend are in force then, so that gradients are the same, bit for bit; the
     modules' buffers (running statistics) change only the first time.
     """
+    # A compiler knows no checkpoint with contexts of its own. As a decorator, this would import it with the package.
+    return torch.compiler.disable(_checkpointed)(modules, x)
+
+
+def _checkpointed(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
 
     def run(x: Tensor) -> Tensor:
         for module in modules:

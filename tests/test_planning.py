@@ -1,5 +1,6 @@
 """What the planner foresees, against what the allocator sees, and against the same model without a plan."""
 
+import copy
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -116,6 +117,16 @@ def test_segments_change_nothing(backend: str, segments: tuple[tuple[int, int], 
     with use_backend(backend):
         expected, actual = gradients(model, images), gradients(again, images)
     for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_segments_of_a_compiled_model() -> None:
+    torch.manual_seed(0)
+    images = torch.randn(4, 3, 64, 64)
+    model = create_model("b0")
+    expected = gradients(copy.deepcopy(model), images)
+    model.set_memory(["min"] * 18, [(2, 9)])
+    for a, b in zip(gradients(torch.compile(model, backend="eager"), images), expected, strict=True):
         assert torch.equal(a, b)
 
 

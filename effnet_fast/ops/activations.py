@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from effnet_fast.passes.backend import assumed_constant
+
 
 def channels_last(x: Tensor) -> Tensor:
     """The same values, contiguous in channels_last format; x itself if it lies so already."""
@@ -30,6 +32,6 @@ def as_activation(x: Tensor, name: str, **operands: Tensor | None) -> Tensor:
     return channels_last(x)
 
 
-@torch.compiler.assume_constant_result  # the compiler of torch 2.11 can't trace it
+@assumed_constant  # the compiler of torch 2.11 can't trace it
 def _has_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)

@@ -8,11 +8,11 @@ import contextlib
 import importlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from importlib.util import find_spec
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,11 +25,22 @@ BACKENDS = ("auto", "eager", "cpu", "cuda", "triton")
 # Native backends of a device, best first.
 _OF_DEVICE = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "xpu": ("triton",)}
 
+_F = TypeVar("_F", bound=Callable[..., Any])
+
 _LOG = logging.getLogger("effnet_fast")
 
 # Read once, so that a compiler can trace the choice.
 _chosen = os.environ.get("EFFNET_FAST_BACKEND") or "auto"
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def assumed_constant(function: _F) -> _F:
+    """A decorator: compilers call the function and take its result for a constant.
+
+    What `torch.compiler.assume_constant_result` does, without its import of the compiler, which takes a second.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def _load() -> str | ValueError:
@@ -90,7 +101,7 @@ def why_unavailable(backend: str) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@assumed_constant
 def _unavailable_on(backend: str, index: int) -> str | None:
     """The same, and the reason if the backend's code is not for that GPU."""
     reason = why_unavailable(backend)
@@ -172,7 +183,7 @@ def resolve(x: Tensor, kernel: int = 3, stride: int = 1) -> str:
 _warn_once = cache(_LOG.warning)
 
 
-@torch.compiler.assume_constant_result  # a compiler can't trace it
+@assumed_constant  # a compiler can't trace it
 def _log_fallback(to: str, reason: str) -> None:
     _warn_once("falling back to %s: %s", to, reason)
 

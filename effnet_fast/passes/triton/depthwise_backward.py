@@ -140,18 +140,22 @@ def backward_dwconv_kernel(
                         wide = tl.where(inside, stored.to(tl.float32), 0.0)
                         sum_g += wide
                         sum_g_centered += wide * (value - in_norm.mean)
-    partials += tl.program_id(0).to(tl.int64) * (KERNEL * KERNEL + 2) * channels + c
+    # One store: Triton's compiler would take a third of a second for as many of them as there are sums.
+    ROWS: tl.constexpr = triton.next_power_of_2(KERNEL * KERNEL + 2)
+    row = tl.arange(0, ROWS)[:, None]
+    sums = tl.where(row == KERNEL * KERNEL, tl.sum(sum_g, 0)[None, :], tl.zeros((ROWS, BLOCK_C), tl.float32))
+    if norm.scale is not None:
+        sum_g_hat = tl.sum(sum_g_centered, 0) * tl.load(norm.rstd + c, mask=c < channels, other=0.0)
+        sums = tl.where(row == KERNEL * KERNEL + 1, sum_g_hat[None, :], sums)
     for i in tl.static_range(REACH):
         for kh in tl.static_range(KERNEL):
             for phase in tl.static_range(STRIDE):
                 if phase + STRIDE * i < KERNEL:
-                    to = partials + (kh * KERNEL + phase + STRIDE * i) * channels
-                    tl.store(to, tl.sum(dweight[(i * KERNEL + kh) * STRIDE + phase], 0), mask=c < channels)
-    tl.store(partials + KERNEL * KERNEL * channels, tl.sum(sum_g, 0), mask=c < channels)
-    sum_g_hat = tl.sum(sum_g_centered, 0)
-    if norm.scale is not None:
-        sum_g_hat *= tl.load(norm.rstd + c, mask=c < channels, other=0.0)
-    tl.store(partials + (KERNEL * KERNEL + 1) * channels, sum_g_hat, mask=c < channels)
+                    total = tl.sum(dweight[(i * KERNEL + kh) * STRIDE + phase], 0)
+                    sums = tl.where(row == kh * KERNEL + phase + STRIDE * i, total[None, :], sums)
+    partials += tl.program_id(0).to(tl.int64) * (KERNEL * KERNEL + 2) * channels
+    inside = (row < KERNEL * KERNEL + 2) & (c < channels)[None, :]
+    tl.store(partials + row * channels + c[None, :], sums, mask=inside)
 
 
 def backward_dwconv(
