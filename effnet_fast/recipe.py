@@ -1,12 +1,12 @@
 """The training recipe as functions of a few numbers: optimizer, schedule, loss, EMA. The defaults are the study's."""
 
+import copy
 import math
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 WARMUP_EPOCHS = 10
 EMA_DECAY = 0.9999
@@ -61,9 +61,9 @@ def make_optimizer(
     if weight_decay is None:
         weight_decay = OPTIMIZERS[name].weight_decay
     if name == "sgd":
-        return torch.optim.SGD(parameters, lr=lr, momentum=0.9, nesterov=True, weight_decay=weight_decay)
+        return torch.optim.SGD(parameters, lr=lr, momentum=0.9, nesterov=True, weight_decay=weight_decay, fused=True)
     if name == "adamw":
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
     if name == "rmsprop-tf":
         try:
             from timm.optim import RMSpropTF
@@ -88,19 +88,35 @@ def ema_decay(updates: int, decay: float = EMA_DECAY, warmup: bool = True) -> fl
     return min(decay, (1 + updates) / (10 + updates)) if warmup else decay
 
 
-def make_ema(model: nn.Module, decay: float = EMA_DECAY, warmup: bool = True) -> AveragedModel:
+class MovingAverage:
     """An exponential moving average of a model's parameters and running statistics; update it after every step.
 
+    module: a copy of the model that holds the average. updates: how many there were; the first one copies.
+    PyTorch's AveragedModel is the same, but looks all tensors up at every update, for 13 ms of a step of 307 ms (the
+    study's depth variant at 32 px, Zen 5).
     Raises ValueError unless the decay is in 0..1.
     """
-    if not 0 <= decay <= 1:
-        raise ValueError(f"ema_decay: got {decay}, must be from 0 to 1")
 
-    def update(averaged: Any, current: Any, updates: Tensor | int) -> None:
-        weight = 1 - ema_decay(int(updates), decay, warmup)
-        if averaged[0].is_floating_point():
-            torch._foreach_lerp_(averaged, current, weight)
-        else:
-            torch._foreach_copy_(averaged, current)
+    def __init__(self, model: nn.Module, decay: float = EMA_DECAY, warmup: bool = True) -> None:
+        if not 0 <= decay <= 1:
+            raise ValueError(f"ema_decay: got {decay}, must be from 0 to 1")
+        self.module = copy.deepcopy(model)
+        self.updates = 0
+        self._decay = decay
+        self._warmup = warmup
+        self._averages, self._counters = _tensors(self.module)
+        self._values, self._counts = _tensors(model)
 
-    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
+    def update(self) -> None:
+        """Take in the model's present state."""
+        decay = ema_decay(self.updates, self._decay, self._warmup) if self.updates else 0.0
+        torch._foreach_lerp_(self._averages, self._values, 1 - decay)
+        if self._counters:
+            torch._foreach_copy_(self._counters, self._counts)
+        self.updates += 1
+
+
+def _tensors(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """Parameters and running statistics; and counters."""
+    tensors = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]
+    return [t for t in tensors if t.is_floating_point()], [t for t in tensors if not t.is_floating_point()]

@@ -22,7 +22,7 @@ from effnet_fast.memory import parse_memory
 from effnet_fast.model import EfficientNet, create_model
 from effnet_fast.ops.memory_policy import Memory
 from effnet_fast.planning import Plan, Planner
-from effnet_fast.recipe import lr_factor, make_ema, make_loss, make_optimizer
+from effnet_fast.recipe import MovingAverage, lr_factor, make_loss, make_optimizer
 
 
 class Trainer:
@@ -61,7 +61,7 @@ class Trainer:
             # In place, and after DistributedDataParallel, which takes it for a thing of GPUs; ours runs anywhere.
             nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self._forward = torch.compile(self._replica) if config.compile else self._replica
-        self.ema = make_ema(self.model, config.ema_decay, config.ema_warmup)
+        self.ema = MovingAverage(self.model, config.ema_decay, config.ema_warmup)
         self._parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = make_optimizer(self._parameters, config.lr, config.optimizer, config.weight_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
@@ -70,10 +70,17 @@ class Trainer:
         self._buffers_before = [torch.empty_like(buffer) for buffer in self._buffers]
         if config.processes > 1:
             self._settle_buckets()
+        self._set_modes()
         self.best = -1.0
         self.bad_steps = 0
         self.epoch = -1
         self._start_epoch()
+
+    def _set_modes(self) -> None:
+        """All of the model trains but what is frozen."""
+        self.model.train()
+        for module in self._frozen:
+            module.eval()
 
     def _settle_buckets(self) -> None:
         """A backward pass that changes nothing, after which gradients are always added up in the same order.
@@ -111,9 +118,8 @@ class Trainer:
 
         Raises Diverged after `max_bad_steps` of the latter in a row. No such step leaves a trace in model or average.
         """
-        self.model.train()
-        for module in self._frozen:
-            module.eval()
+        if not self.model.training:
+            self._set_modes()
         for settings in self.optimizer.param_groups:
             settings["lr"] = self.lr
         torch._foreach_copy_(self._buffers_before, self._buffers)
@@ -135,7 +141,7 @@ class Trainer:
             if self.config.clip_grad is not None:
                 nn.utils.clip_grads_with_norm_(self._parameters, self.config.clip_grad, norm)
             self.scaler.step(self.optimizer)
-            self.ema.update_parameters(self.model)
+            self.ema.update()
             self._loss_sum += losses
             self.images += count * self.config.processes
             self.bad_steps = 0
@@ -189,7 +195,7 @@ class Trainer:
             "bad_steps": self.bad_steps,
             "model": self.model.state_dict(),
             "ema": self.ema.module.state_dict(),
-            "ema_updates": int(self.ema.n_averaged),
+            "ema_updates": self.ema.updates,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "rng": _rng_state(self.device),
@@ -200,7 +206,7 @@ class Trainer:
         try:
             self.model.load_state_dict(state["model"])
             self.ema.module.load_state_dict(state["ema"])
-            self.ema.n_averaged.fill_(state["ema_updates"])
+            self.ema.updates = state["ema_updates"]
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
             self.epoch, self.step, self.images = state["epoch"], state["step"], state["images"]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from effnet_fast.recipe import OPTIMIZERS, default_lr, ema_decay, lr_factor, make_ema, make_loss, make_optimizer
+from effnet_fast.recipe import OPTIMIZERS, MovingAverage, default_lr, ema_decay, lr_factor, make_loss, make_optimizer
 
 
 @pytest.mark.parametrize(
@@ -118,10 +118,10 @@ def test_ema_without_warmup_and_with_another_decay() -> None:
     assert ema_decay(90, 0.5) == 0.5
     assert ema_decay(0, 0.5) == 0.1
     model = nn.Linear(1, 1, bias=False)
-    ema = make_ema(model, 0.75, warmup=False)
+    ema = MovingAverage(model, 0.75, warmup=False)
     for value in (1.0, 2.0, 3.0):
         nn.init.constant_(model.weight, value)
-        ema.update_parameters(model)
+        ema.update()
     assert ema.module.weight.item() == 0.75 * (0.75 * 1 + 0.25 * 2) + 0.25 * 3  # exact in binary
 
 
@@ -129,7 +129,7 @@ def test_shares_are_from_0_to_1() -> None:
     with pytest.raises(ValueError, match=r"label_smoothing: got 1\.5, must be from 0 to 1"):
         make_loss(1.5)
     with pytest.raises(ValueError, match=r"ema_decay: got 1\.5, must be from 0 to 1"):
-        make_ema(nn.Linear(1, 1), 1.5)
+        MovingAverage(nn.Linear(1, 1), 1.5)
 
 
 def test_ema_warms_up_and_ends_at_the_study_decay() -> None:
@@ -143,7 +143,7 @@ def test_ema_warms_up_and_ends_at_the_study_decay() -> None:
 def test_ema_equals_the_recursion_for_parameters_and_running_statistics() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()
-    ema = make_ema(model)
+    ema = MovingAverage(model)
     expected: dict[str, torch.Tensor] = {}
     for step in range(6):
         with torch.no_grad():
@@ -153,7 +153,7 @@ def test_ema_equals_the_recursion_for_parameters_and_running_statistics() -> Non
                 else:
                     tensor += 1
         state = copy.deepcopy(model.state_dict())
-        ema.update_parameters(model)
+        ema.update()
         for name, value in state.items():
             if step == 0 or not value.is_floating_point():
                 expected[name] = value  # the first update copies; counters follow the model
