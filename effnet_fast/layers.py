@@ -114,6 +114,9 @@ class MBConv(nn.Module):
     [N, in_channels, H, W] to [N, out_channels, ceil(H / stride), ceil(W / stride)]. The input is added where the
     shapes allow it; in training, drop path drops the branch per example. The whole block is one op, so that hooks on
     its parts do not run.
+
+    In training the model's first block takes the stem for its expansion, so that what is between them is neither
+    written nor kept; the stem's own hooks do not run then either.
     """
 
     def __init__(
@@ -142,8 +145,13 @@ class MBConv(nn.Module):
         self.drop_path_rate = drop_path_rate
         self.memory: ops.Memory = memory
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, stem: ConvBN | None = None) -> Tensor:
         expand, depthwise, se, project = self.expand, self.depthwise, self.se.operands(), self.project
+        if stem is not None:
+            if self.training and stem.training and torch.is_grad_enabled() and not self.has_residual:
+                expand = stem
+            else:
+                x = stem(x)
         conv, bn = depthwise.conv, depthwise.bn
         window: dict[str, Any] = {
             "stride": conv.stride[0],
@@ -166,6 +174,28 @@ class MBConv(nn.Module):
             project.conv.weight,
             ops.BatchNorm.of(project.bn),
             branch_scale=branch_scale,
+            expand_stride=expand.conv.stride[0] if expand else 1,
             memory=self.memory,
             **window,
         )
+
+
+class MBConvStage(nn.Sequential):
+    """MBConv blocks in a row, the first of which takes the stem if there is one."""
+
+    def forward(self, x: Tensor, stem: ConvBN | None = None) -> Tensor:
+        for block in self:
+            x, stem = block(x, stem), None
+        return x
+
+
+class StemBlock(nn.Module):
+    """The stem with the first block."""
+
+    def __init__(self, stem: ConvBN, block: MBConv) -> None:
+        super().__init__()
+        self.stem = stem
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x, self.stem)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from effnet_fast.checkpointing import checkpointed
-from effnet_fast.layers import ConvBN, MBConv, PadType
+from effnet_fast.layers import ConvBN, MBConv, MBConvStage, PadType, StemBlock
 from effnet_fast.memory import parse_memory
 from effnet_fast.ops.memory_policy import Memory, check_memory
 from effnet_fast.planning import Planner
@@ -125,7 +125,7 @@ class EfficientNet(nn.Module):
                 )
                 channels = out
                 built += 1
-            self.stages.append(nn.Sequential(*blocks))
+            self.stages.append(MBConvStage(*blocks))
         self.num_features = scaling.channels(HEAD_CHANNELS)
         self.head = ConvBN(channels, self.num_features, 1, memory=memory, **norm)
         self.dropout = nn.Dropout(drop_rate)
@@ -142,25 +142,24 @@ class EfficientNet(nn.Module):
     def set_memory(self, policies: Sequence[Memory], segments: Sequence[tuple[int, int]] = ()) -> None:
         """What is kept for backward, part by part: `planning.Plan` holds such an assignment. Gradients are the same.
 
-        policies: of the stem, each block, and the head.
-        segments: [begin, end) of stem and blocks, counted together, that keep only their first part's input and run
+        policies: of the stem with the first block, each other block, and the head.
+        segments: [begin, end) of the blocks that keep only their first part's input and run
             again in the backward pass, where they keep what their policies say; in ascending order.
         Raises ValueError for another number of policies, an unknown one, or segments that overlap or reach too far.
         """
-        parts: list[ConvBN | MBConv] = [self.stem, *self.blocks, self.head]
+        parts: list[ConvBN | MBConv] = [*self.blocks, self.head]
         if len(policies) != len(parts):
-            raise ValueError(
-                f"policies: got {len(policies)}, must be {len(parts)}: of the stem, each block and the head"
-            )
+            raise ValueError(f"policies: got {len(policies)}, must be {len(parts)}: of each block and the head")
         bounds = [0, *(bound for segment in segments for bound in segment), len(parts) - 1]
         if any(a > b for a, b in pairwise(bounds)) or any(begin == end for begin, end in segments):
             raise ValueError(
-                f"segments: got {list(segments)}, must be [begin, end) in ascending order, of the {bounds[-1]} parts"
+                f"segments: got {list(segments)}, must be [begin, end) in ascending order, of the {bounds[-1]} blocks"
             )
         for policy in policies:
             check_memory(policy)
         for part, policy in zip(parts, policies, strict=True):
             part.memory = policy
+        self.stem.memory = policies[0]
         self._segments = tuple(segments)
 
     def fuse(self) -> "EfficientNet":
@@ -253,9 +252,8 @@ class EfficientNet(nn.Module):
         """
         maps = []
         pyramid = self._pyramid()
-        x = self.stem(x)
         for i, stage in enumerate(self.stages):
-            x = stage(x)
+            x = stage(x, None if i else self.stem)
             if i in pyramid:
                 maps.append(x)
         return maps
@@ -263,11 +261,11 @@ class EfficientNet(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """The head's feature map before pooling: [N, num_features, ~H / 32, ~W / 32], or as `strides` say."""
         if not self._segments or not torch.is_grad_enabled():
-            x = self.stem(x)
-            for stage in self.stages:
-                x = stage(x)
+            for i, stage in enumerate(self.stages):
+                x = stage(x, None if i else self.stem)
             return self.head(x)
-        parts = [self.stem, *self.blocks]
+        first, *blocks = self.blocks
+        parts = [StemBlock(self.stem, first), *blocks]
         done = 0
         for begin, end in self._segments:
             for part in parts[done:begin]:

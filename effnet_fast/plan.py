@@ -98,7 +98,7 @@ def explain(variant: str, planner: Planner, plan: Plan, budget: int | None) -> s
 
 def _assignment(plan: Plan) -> list[str]:
     """Neighbours that keep the same, on a line together."""
-    names = ["stem", *(f"block {i}" for i in range(1, len(plan.policies) - 1)), "head"]
+    names = ["stem and block 1", *(f"block {i}" for i in range(2, len(plan.policies))), "head"]
     again = {part: names[begin] for begin, end in plan.segments for part in range(begin, end)}
     keeps = [
         f"only the input of {again[part]}; run again, {policy}" if part in again else policy
@@ -107,7 +107,7 @@ def _assignment(plan: Plan) -> list[str]:
     lines = []
     for kept, group in groupby(range(len(names)), key=keeps.__getitem__):
         first, *others = (names[part] for part in group)
-        lines.append(f"  {f'{first} to {others[-1]}' if others else first:22}{kept}")
+        lines.append(f"  {f'{first} to {others[-1]}' if others else first:30}{kept}")
     return lines
 
 

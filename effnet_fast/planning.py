@@ -1,8 +1,8 @@
 """The memory of a training step, foreseen: what fits, and what each block should keep to be as fast as fits.
 
-The parts of a model (stem, blocks, head with loss) run on fake tensors, one by one, under each memory policy. That
-gives the live bytes of their forward and backward passes without allocating any. What an assignment of policies to
-parts needs follows from these, and the fastest one that fits a budget by dynamic programming.
+The parts of a model (stem with first block, blocks, head with loss) run on fake tensors, one by one, under each memory
+policy. That gives the live bytes of their forward and backward passes without allocating any. What an assignment of
+policies to parts needs follows from these, and the fastest one that fits a budget by dynamic programming.
 """
 
 import copy
@@ -20,7 +20,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 
 from effnet_fast.amp import autocast
-from effnet_fast.layers import ConvBN, MBConv
+from effnet_fast.layers import ConvBN, MBConv, StemBlock
 from effnet_fast.live_bytes import LiveBytes
 from effnet_fast.memory import format_bytes
 from effnet_fast.ops.memory_policy import POLICIES, Memory
@@ -166,7 +166,8 @@ class Planner:
         self.amp = amp
         self.device = torch.device(device)
         self.accumulate = accumulate
-        self._parts: list[nn.Module] = [model.stem, *model.blocks, _Tail(model)]
+        first, *blocks = model.blocks
+        self._parts: list[nn.Module] = [StemBlock(model.stem, first), *blocks, _Tail(model)]
         self._channels = model.stem.conv.in_channels
         trained = [p for p in model.parameters() if p.requires_grad]
         self._grads = np.array([sum(p.nbytes for p in part.parameters() if p.requires_grad) for part in self._parts])

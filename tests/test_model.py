@@ -399,11 +399,11 @@ def test_a_model_of_16_bit_parameters(dtype: torch.dtype, limit: float) -> None:
 @pytest.mark.parametrize(
     ("policies", "segments", "message"),
     [
-        (17, (), "^policies: got 17, must be 18"),
-        (18, [(0, 3), (2, 5)], r"^segments: got \[\(0, 3\), \(2, 5\)\], must be \[begin, end\) in ascending order"),
-        (18, [(0, 18)], "^segments: got"),
-        (18, [(3, 3)], "^segments: got"),
-        (18, [(-1, 3)], "^segments: got"),
+        (18, (), "^policies: got 18, must be 17"),
+        (17, [(0, 3), (2, 5)], r"^segments: got \[\(0, 3\), \(2, 5\)\], must be \[begin, end\) in ascending order"),
+        (17, [(0, 17)], "^segments: got"),
+        (17, [(3, 3)], "^segments: got"),
+        (17, [(-1, 3)], "^segments: got"),
     ],
 )
 def test_wrong_assignments_of_memory(policies: int, segments: list[tuple[int, int]], message: str) -> None:

@@ -77,7 +77,8 @@ def test_peak_of_the_fastest_assignment(segments: bool) -> None:
     config = config_of(variant="b0", resolution=128, batch_size=32, amp="bf16")
     planner = make_planner(config, 10)
     least, less, most = planner.least(32), planner.uniform("min", 32).peak, planner.uniform("fast", 32).peak
-    budget = (least + less) // 2 if segments else (less + most) // 2
+    fits = less / 0.98  # 2 % of a budget are left alone, also of `least`
+    budget = int((least + fits) / 2 if segments else (fits + most) / 2)
     plan = planner.fastest(32, budget)
     assert bool(plan.segments) == segments
     assert len(set(plan.policies)) > 1
@@ -105,7 +106,7 @@ def gradients(model: EfficientNet, images: Tensor, **forward: Any) -> list[Tenso
 
 
 @pytest.mark.parametrize("backend", ["auto", "eager"])
-@pytest.mark.parametrize("segments", [((0, 3), (4, 9)), ((2, 18),)])
+@pytest.mark.parametrize("segments", [((0, 3), (4, 9)), ((2, 16),)])
 def test_segments_change_nothing(backend: str, segments: tuple[tuple[int, int], ...]) -> None:
     """Gradients and running statistics, bit for bit, with the random numbers of drop path."""
     torch.manual_seed(0)
@@ -113,7 +114,7 @@ def test_segments_change_nothing(backend: str, segments: tuple[tuple[int, int], 
     model = create_model("b0")
     again = create_model("b0")
     again.load_state_dict(model.state_dict())
-    again.set_memory(["min"] * 18, [(begin, min(end, 17)) for begin, end in segments])
+    again.set_memory(["min"] * 17, segments)
     with use_backend(backend):
         expected, actual = gradients(model, images), gradients(again, images)
     for a, b in zip(actual, expected, strict=True):
@@ -125,7 +126,7 @@ def test_segments_of_a_compiled_model() -> None:
     images = torch.randn(4, 3, 64, 64)
     model = create_model("b0")
     expected = gradients(copy.deepcopy(model), images)
-    model.set_memory(["min"] * 18, [(2, 9)])
+    model.set_memory(["min"] * 17, [(0, 3), (5, 9)])
     for a, b in zip(gradients(torch.compile(model, backend="eager"), images), expected, strict=True):
         assert torch.equal(a, b)
 

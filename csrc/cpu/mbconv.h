@@ -63,13 +63,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> block
 }
 
 // Gradients of x, bn3 [2, C] (weight, bias), bn2, w_project, w_depthwise, squeeze-excite's four, w_expand and bn1; the
-// last two are empty without expansion. e is x then.
+// last two are empty without expansion, where e is x and its gradient comes in any case.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> block_backward(
     const Tensor& dout, const Tensor& x, const Tensor& e, const Tensor& y, const Tensor& p, const Tensor& stats1,
     const Tensor& stats2, const Tensor& stats3, const Tensor& squeeze, const OptionalTensor& w_expand,
     const Tensor& w_depthwise, const Tensor& w_se_reduce, const Tensor& b_se_reduce, const Tensor& w_se_expand,
     const Tensor& b_se_expand, const Tensor& w_project, const OptionalTensor& branch_scale, int64_t stride, bool same,
-    bool residual) {
+    bool residual, bool input_grad) {
   const Norm norm2(stats2), norm3(stats3);
   const Tensor gate = torch::stable::select(squeeze, 0, 1);
   const OptionalTensor branch = branch_gate(branch_scale, p.size(1));
@@ -100,7 +100,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     std::tie(dx, dw_expand, std::ignore) =
         backward_pointwise(g, e, x, *w_expand, scale1, shift1, mean1, false, std::nullopt, row(grad1, 2), row(grad1, 3),
                            std::nullopt, std::nullopt, std::nullopt, std::nullopt, std::nullopt,
-                           residual ? OptionalTensor(dout) : std::nullopt, true);
+                           residual ? OptionalTensor(dout) : std::nullopt, input_grad);
     dbn1 = affine(grad1);
   } else if (residual) {
     dx = torch::stable::subtract(g, dout, -1.0);  // the stable ABI has no add

@@ -94,6 +94,13 @@ def as_pointwise(weight: Tensor) -> Tensor:
     return F.pad(matrix, (0, -matrix.shape[1] % 8))[:, :, None, None]
 
 
+def convolution_output(x: Tensor, weight: Tensor, stride: int, same: bool) -> Tensor:
+    """Uninitialised."""
+    out_channels, _, kernel, _ = weight.shape
+    h, w = (output_size(size, kernel, stride, same) for size in x.shape[2:])
+    return x.new_empty(len(x), h, w, out_channels).permute(0, 3, 1, 2)
+
+
 def _forward(
     x: Tensor,
     weight: Tensor,
@@ -115,13 +122,10 @@ def _forward(
 
 
 def _fake(x, weight, bn_weight, bn_bias, eps, stride, same, silu, group, memory):
-    n, _, h, w = x.shape
-    out_channels, _, kernel, _ = weight.shape
-    h, w = (output_size(size, kernel, stride, same) for size in (h, w))
-    out = x.new_empty(n, h, w, out_channels).permute(0, 3, 1, 2)
+    out = convolution_output(x, weight, stride, same)
     floats = torch.promote_types(x.dtype, torch.float32)
     y = x.new_empty(0) if memory == "min" else torch.empty_like(out)
-    return out, y, x.new_empty(5, out_channels, dtype=floats)
+    return out, y, x.new_empty(5, len(weight), dtype=floats)
 
 
 def _backward(
@@ -144,23 +148,24 @@ def _backward(
         y, _, _ = passes.pointwise_stats(source, matrix, None, None, None)
     sums = passes.backward_sums(dout, y, *norm, silu)
     grad = batch_norm_grad(passes, stats, sums, None, None, values_per_channel(y), group)
-    dx, dmatrix, _ = passes.backward_pointwise(
+    dsource, dmatrix, _ = passes.backward_pointwise(
         dout, y, source, matrix, *norm[:3], silu, None, grad.a, grad.b, *(None,) * 6, input_grad
     )
-    if not input_grad:
-        dx = x.new_empty(0)
-    elif weight.shape[-1] > 1:
-        dx = channels_last(patches_grad(dx, x, weight.shape[-1], stride, same))
-    return dx, _weight_grad(dmatrix, weight), grad.affine
+    return *convolution_grads(dsource, dmatrix, x, weight, stride, same, input_grad), grad.affine
 
 
-def _weight_grad(dmatrix: Tensor, weight: Tensor) -> Tensor:
-    """The weight's gradient from that of `as_product`'s matrix."""
+def convolution_grads(
+    dsource: Tensor, dmatrix: Tensor, x: Tensor, weight: Tensor, stride: int, same: bool, input_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x (empty unless asked for) and weight from those of `as_product`'s operands."""
     out_channels, channels, kernel, _ = weight.shape
+    dx = dsource if input_grad else x.new_empty(0)
     if kernel == 1:
-        return dmatrix.to(weight.dtype)
+        return dx, dmatrix.to(weight.dtype)
+    if input_grad:
+        dx = channels_last(patches_grad(dsource, x, kernel, stride, same))
     dweight = dmatrix[:, : channels * kernel**2, 0, 0].reshape(out_channels, kernel, kernel, channels)
-    return dweight.permute(0, 3, 1, 2).to(weight.dtype, memory_format=torch.contiguous_format)
+    return dx, dweight.permute(0, 3, 1, 2).to(weight.dtype, memory_format=torch.contiguous_format)
 
 
 def _backward_fake(dout, x, y, stats, weight, stride, same, silu, group, input_grad):

@@ -8,6 +8,13 @@ from torch import Tensor
 from effnet_fast.ops import section as sections
 from effnet_fast.ops.activations import as_activation, channels_last
 from effnet_fast.ops.bn_act import branch_gate
+from effnet_fast.ops.conv_bn_act import (
+    as_product,
+    conv_bn_act,
+    convolution_backend,
+    convolution_grads,
+    convolution_output,
+)
 from effnet_fast.ops.fused_op import fused_op
 from effnet_fast.ops.memory_policy import Memory, check_memory
 from effnet_fast.ops.normalization import BatchNorm, batch_norm_grad, batch_stats, values_per_channel
@@ -17,9 +24,6 @@ from effnet_fast.passes.backend import passes_for, resolve
 from effnet_fast.passes.products import identity
 from effnet_fast.passes.reference import dwconv
 from effnet_fast.passes.schema import dwconv_output, pointwise_output
-
-# Whether e, y and p are kept for backward.
-_KEPT = {"fast": (True, True, True), "lean": (False, True, True), "min": (False, False, False)}
 
 
 def mbconv(
@@ -32,6 +36,7 @@ def mbconv(
     w_project: Tensor,
     bn3: BatchNorm,
     *,
+    expand_stride: int = 1,
     stride: int = 1,
     same: bool = False,
     residual: bool = False,
@@ -40,13 +45,15 @@ def mbconv(
 ) -> Tensor:
     """An MBConv block (EfficientNet, Tan & Le 2019, table 1): [N, C_in, H, W] to [N, C_out, H', W'], channels_last.
 
-    w_expand [E, C_in, 1, 1] and bn1: None for a block without expansion (E = C_in).
+    w_expand [E, C_in, 1, 1] and bn1: None for a block without expansion (E = C_in). Or [E, C_in, k, k] with
+    expand_stride, without residual: EfficientNet's stem is its first block's expansion.
     w_depthwise [E, 1, k, k]; w_project [C_out, E, 1, 1].
     same: TensorFlow's SAME padding, else k // 2 on every side.
     residual: add x. branch_scale [N]: factor of the branch before the addition (drop path).
 
     memory: what training keeps for backward besides x: "fast" the outputs of all three convolutions, e, y and p; "lean"
-    y and p; "min" nothing. The rest is computed again, from the same statistics: gradients are the same, bit for bit.
+    y and p, but no p without a 1x1 expansion, where p is large and soon computed; "min" nothing. The rest is computed
+    again, from the same statistics: gradients are the same, bit for bit.
     BatchNorm's running statistics are updated in training. Not twice differentiable. Gradients in eval mode, and calls
     that no native backend can run, take `mbconv_eager`, which keeps what autograd keeps.
     Raises ValueError that names the argument, or RuntimeError if a backend was insisted on and can't run the call.
@@ -67,7 +74,13 @@ def mbconv(
     norms = [bn2, bn3] if bn1 is None else [bn1, bn2, bn3]
     training = bn2.training
     alike = all((bn.training, bn.group) == (training, bn2.group) for bn in norms)
-    plain = not alike or resolve(x, w_depthwise.shape[-1], stride) == "eager"
+    plain = not alike or resolve(_as_expanded(x, w_expand), w_depthwise.shape[-1], stride) == "eager"
+    if w_expand is not None and bn1 is not None and w_expand.shape[-1] > 1:
+        native = x.device.type == "cpu" and convolution_backend(x, w_expand, expand_stride) != "eager"
+        if plain or not training or not native:
+            e = conv_bn_act(x, w_expand, bn1, stride=expand_stride, same=same, memory=memory)
+            window: dict[str, Any] = {"stride": stride, "same": same}
+            return mbconv(e, None, None, w_depthwise, bn2, se, w_project, bn3, memory=memory, **window)
     operands = (x, w_expand, bn1, w_depthwise, bn2, se, w_project, bn3)
     needs_grad = torch.is_grad_enabled() and any(
         t.requires_grad for t in (x, w_depthwise, w_project, *se, *(p for bn in norms for p in (bn.weight, bn.bias)))
@@ -92,6 +105,7 @@ def mbconv(
         bn3.bias,
         bn3.eps,
         None if branch_scale is None else branch_scale.float().contiguous(),
+        expand_stride,
         stride,
         same,
         residual,
@@ -175,6 +189,7 @@ def _forward(
     bn3_bias: Tensor,
     bn3_eps: float,
     branch_scale: Tensor | None,
+    expand_stride: int,
     stride: int,
     same: bool,
     residual: bool,
@@ -182,17 +197,19 @@ def _forward(
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """out, e, y, p (empty if not kept), stats1, stats2, stats3, squeeze: see `section.Kept`."""
-    passes = passes_for(x, w_depthwise.shape[-1], stride)
+    passes = passes_for(_as_expanded(x, w_expand), w_depthwise.shape[-1], stride)
+    keeps = _kept(memory, w_expand)
+    source, matrix = _as_pointwise(passes, x, w_expand, expand_stride, same)
     if _in_one_call(passes, x, group):
         out, e, y, p, *others = passes.block_forward(
-            x, w_expand, bn1_weight, bn1_bias, bn1_eps, w_depthwise, bn2_weight, bn2_bias, bn2_eps, w_se_reduce,
+            source, matrix, bn1_weight, bn1_bias, bn1_eps, w_depthwise, bn2_weight, bn2_bias, bn2_eps, w_se_reduce,
             b_se_reduce, w_se_expand, b_se_expand, w_project, bn3_weight, bn3_bias, bn3_eps, branch_scale, stride, same,
             residual,
         )  # fmt: skip
-        return out, *_those_kept(memory, e, y, p), *others
+        return out, *_those_kept(keeps, e, y, p), *others
     e, stats1 = x, None
-    if w_expand is not None and bn1_weight is not None and bn1_bias is not None:
-        e, *moments = passes.pointwise_stats(x, w_expand, None, None, None)
+    if matrix is not None and bn1_weight is not None and bn1_bias is not None:
+        e, *moments = passes.pointwise_stats(source, matrix, None, None, None)
         stats1 = batch_stats(passes, moments, bn1_weight, bn1_bias, bn1_eps, values_per_channel(e), group)
     se = SqueezeExcite(w_se_reduce, b_se_reduce, w_se_expand, b_se_expand)
     kept = sections.forward(passes, e, stats1, w_depthwise, (bn2_weight, bn2_bias, bn2_eps), se, stride, same, group)
@@ -200,8 +217,7 @@ def _forward(
     stats3 = batch_stats(passes, moments, bn3_weight, bn3_bias, bn3_eps, values_per_channel(p), group)
     gate = branch_gate(branch_scale, p)
     out = passes.apply(p, stats3[0], stats3[1], False, gate, x if residual else None)
-    e = x.new_empty(0) if w_expand is None else e
-    return out, *_those_kept(memory, e, kept.y, p), kept.stats1, kept.stats2, stats3, kept.squeeze
+    return out, *_those_kept(keeps, e, kept.y, p), kept.stats1, kept.stats2, stats3, kept.squeeze
 
 
 def _in_one_call(passes: Any, x: Tensor, group: str) -> bool:
@@ -212,23 +228,44 @@ def _in_one_call(passes: Any, x: Tensor, group: str) -> bool:
     return not torch.autograd._profiler_enabled()
 
 
-def _those_kept(memory: str, e: Tensor, y: Tensor, p: Tensor) -> list[Tensor]:
+def _kept(memory: str, w_expand: Tensor | None) -> tuple[bool, bool, bool]:
+    """Whether e, y and p are kept for backward; e is x itself without expansion."""
+    fast, lean = memory == "fast", memory == "lean"
+    return fast and w_expand is not None, fast or lean, fast or (lean and _is_pointwise(w_expand))
+
+
+def _those_kept(keeps: tuple[bool, bool, bool], e: Tensor, y: Tensor, p: Tensor) -> list[Tensor]:
     """e, y and p, empty if not kept."""
-    return [t if keeps else t.new_empty(0) for t, keeps in zip((e, y, p), _KEPT[memory], strict=True)]
+    return [t if kept else t.new_empty(0) for t, kept in zip((e, y, p), keeps, strict=True)]
+
+
+def _is_pointwise(w_expand: Tensor | None) -> bool:
+    return w_expand is not None and w_expand.shape[-1] == 1
+
+
+def _as_expanded(x: Tensor, w_expand: Tensor | None) -> Tensor:
+    """Something of e's channels, where x may have others than multiples of 8."""
+    return x if w_expand is None or _is_pointwise(w_expand) else x.new_empty(0, len(w_expand), 1, 1)
+
+
+def _as_pointwise(
+    passes: Any, x: Tensor, w_expand: Tensor | None, stride: int, same: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The input and the weight of a 1x1 expansion that is the same."""
+    return (x, None) if w_expand is None else as_product(passes, x, w_expand, stride, same)
 
 
 def _fake(
     x, w_expand, bn1_weight, bn1_bias, bn1_eps, w_depthwise, bn2_weight, bn2_bias, bn2_eps, w_se_reduce, b_se_reduce,
-    w_se_expand, b_se_expand, w_project, bn3_weight, bn3_bias, bn3_eps, branch_scale, stride, same, residual, memory,
-    group,
+    w_se_expand, b_se_expand, w_project, bn3_weight, bn3_bias, bn3_eps, branch_scale, expand_stride, stride, same,
+    residual, memory, group,
 ):  # fmt: skip
-    e = x if w_expand is None else pointwise_output(x, w_expand)
+    e = x if w_expand is None else convolution_output(x, w_expand, expand_stride, same)
     y = dwconv_output(e, w_depthwise, stride, same)
     p = pointwise_output(y, w_project)
     stats1, stats2, squeeze = sections.fake_stats(e, w_expand is not None, True)
     stats3 = stats2.new_empty(5, p.shape[1])
-    out, e = torch.empty_like(p), x.new_empty(0) if w_expand is None else e
-    return out, *_those_kept(memory, e, y, p), stats1, stats2, stats3, squeeze
+    return torch.empty_like(p), *_those_kept(_kept(memory, w_expand), e, y, p), stats1, stats2, stats3, squeeze
 
 
 def _backward(
@@ -249,41 +286,52 @@ def _backward(
     b_se_expand: Tensor,
     w_project: Tensor,
     branch_scale: Tensor | None,
+    expand_stride: int,
     stride: int,
     same: bool,
     residual: bool,
     group: str,
+    input_grad: bool,
 ) -> list[Tensor]:
-    """Gradients of x, bn3 [2, C] (weight, bias), bn2, w_project, w_depthwise, se, and with expansion w_expand, bn1."""
-    passes = passes_for(x, w_depthwise.shape[-1], stride)
+    """Gradients of x (empty unless asked for), bn3 [2, C] (weight, bias), bn2, w_project, w_depthwise, se, and with
+    expansion w_expand, bn1. To be asked for without expansion, and with residual."""
+    passes = passes_for(_as_expanded(x, w_expand), w_depthwise.shape[-1], stride)
     dout = channels_last(dout)
-    e, y, p = _recompute(passes, x, e, y, p, stats1, stats2, squeeze, w_expand, w_depthwise, w_project, stride, same)
-    weights = (w_project, w_depthwise, w_se_reduce, b_se_reduce, w_se_expand, b_se_expand)
+    source, matrix = _as_pointwise(passes, x, w_expand, expand_stride, same)
+    e, y, p = _recompute(passes, source, e, y, p, stats1, stats2, squeeze, matrix, w_depthwise, w_project, stride, same)
     if _in_one_call(passes, x, group):
-        dx, dbn3, dbn2, *dweights, dw_expand, dbn1 = passes.block_backward(
-            dout, x, e, y, p, stats1, stats2, stats3, squeeze, w_expand, w_depthwise, w_se_reduce, b_se_reduce,
-            w_se_expand, b_se_expand, w_project, branch_scale, stride, same, residual,
+        dsource, dbn3, dbn2, dw_project, dw_depthwise, *dse, dmatrix, dbn1 = passes.block_backward(
+            dout, source, e, y, p, stats1, stats2, stats3, squeeze, matrix, w_depthwise, w_se_reduce, b_se_reduce,
+            w_se_expand, b_se_expand, w_project, branch_scale, stride, same, residual, input_grad,
         )  # fmt: skip
-        shared = [dbn3, dbn2, *(d.to(w.dtype) for d, w in zip(dweights, weights, strict=True))]
-        return [dx, *shared] if w_expand is None else [dx, *shared, dw_expand.to(w_expand.dtype), dbn1]
-    norm2, norm3 = Norm.of(stats2), Norm.of(stats3)
-    kept = sections.Kept(y, stats1, stats2, squeeze)
-    gate = branch_gate(branch_scale, p)
-    sums = passes.backward_sums(dout, p, *norm3, False)
-    dbn3 = batch_norm_grad(passes, stats3, sums, gate, None, values_per_channel(p), group)
-    do, dw_project, sums2 = passes.backward_pointwise(
-        dout, p, y, w_project, *norm3[:3], False, gate, dbn3.a, dbn3.b, *norm2, kept.gate, None, True
-    )
-    se = SqueezeExcite(w_se_reduce, b_se_reduce, w_se_expand, b_se_expand)
-    grad = sections.backward(passes, do, sums2, e, kept, w_depthwise, se, stride, same, group)
-    shared = [dbn3.affine, grad.bn2.affine, dw_project.to(w_project.dtype), grad.weight, *grad.se]
+        weights = (w_project, w_depthwise, w_se_reduce, b_se_reduce, w_se_expand, b_se_expand)
+        dweights = [d.to(w.dtype) for d, w in zip((dw_project, dw_depthwise, *dse), weights, strict=True)]
+        shared = [dbn3, dbn2, *dweights]
+    else:
+        norm2, norm3 = Norm.of(stats2), Norm.of(stats3)
+        kept = sections.Kept(y, stats1, stats2, squeeze)
+        gate = branch_gate(branch_scale, p)
+        sums = passes.backward_sums(dout, p, *norm3, False)
+        grad3 = batch_norm_grad(passes, stats3, sums, gate, None, values_per_channel(p), group)
+        do, dw_project, sums2 = passes.backward_pointwise(
+            dout, p, y, w_project, *norm3[:3], False, gate, grad3.a, grad3.b, *norm2, kept.gate, None, True
+        )
+        se = SqueezeExcite(w_se_reduce, b_se_reduce, w_se_expand, b_se_expand)
+        grad = sections.backward(passes, do, sums2, e, kept, w_depthwise, se, stride, same, group)
+        shared = [grad3.affine, grad.bn2.affine, dw_project.to(w_project.dtype), grad.weight, *grad.se]
+        if matrix is None:
+            dsource = grad.g + dout if residual else grad.g
+        else:
+            norm1, none = Norm.of(stats1), (None,) * 5
+            added = dout if residual else None
+            dsource, dmatrix, _ = passes.backward_pointwise(
+                grad.g, e, source, matrix, *norm1[:3], False, None, grad.bn1.a, grad.bn1.b, *none, added, input_grad
+            )
+            dbn1 = grad.bn1.affine
     if w_expand is None:
-        return [grad.g + dout if residual else grad.g, *shared]
-    norm1, none = Norm.of(stats1), (None,) * 5
-    dx, dw_expand, _ = passes.backward_pointwise(
-        grad.g, e, x, w_expand, *norm1[:3], False, None, grad.bn1.a, grad.bn1.b, *none, dout if residual else None, True
-    )
-    return [dx, *shared, dw_expand.to(w_expand.dtype), grad.bn1.affine]
+        return [dsource, *shared]
+    dx, dw_expand = convolution_grads(dsource, dmatrix, x, w_expand, expand_stride, same, input_grad)
+    return [dx, *shared, dw_expand, dbn1]
 
 
 def _recompute(
@@ -316,32 +364,33 @@ def _recompute(
 
 def _backward_fake(
     dout, x, e, y, p, stats1, stats2, stats3, squeeze, w_expand, w_depthwise, w_se_reduce, b_se_reduce, w_se_expand,
-    b_se_expand, w_project, branch_scale, stride, same, residual, group,
+    b_se_expand, w_project, branch_scale, expand_stride, stride, same, residual, group, input_grad,
 ):  # fmt: skip
     weights = [w_project, w_depthwise, w_se_reduce, b_se_reduce, w_se_expand, b_se_expand]
-    like = [x, stats3[:2], stats2[:2], *weights]
+    like = [x if input_grad else x.new_empty(0), stats3[:2], stats2[:2], *weights]
     like += [] if w_expand is None else [w_expand, stats1[:2]]
     return [torch.empty_like(t) for t in like]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     (
-        x, w_expand, _, _, _, w_depthwise, _, _, _, *se, w_project, _, _, _, branch_scale, stride, same, residual, _,
-        group,
+        x, w_expand, _, _, _, w_depthwise, _, _, _, *se, w_project, _, _, _, branch_scale, expand_stride, stride, same,
+        residual, _, group,
     ) = inputs  # fmt: skip
     ctx.save_for_backward(x, *output[1:], w_expand, w_depthwise, *se, w_project, branch_scale)
-    ctx.options = stride, same, residual, group
+    ctx.options = expand_stride, stride, same, residual, group
+    ctx.passes_x = residual or w_expand is None
 
 
 def _gradients(run: Any, ctx: Any, dout: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if dout is None:
-        return (None,) * 23
-    grads = run(dout, *ctx.saved_tensors, *ctx.options)
+        return (None,) * 24
+    grads = run(dout, *ctx.saved_tensors, *ctx.options, ctx.needs_input_grad[0] or ctx.passes_x)
     dx, dbn3, dbn2, dw_project, dw_depthwise, *dse = grads[:9]
     dw_expand, dbn1 = grads[9:] or (None, (None, None))
     return (
-        dx, dw_expand, *dbn1, None, dw_depthwise, *dbn2, None, *dse, dw_project, *dbn3,
-        *(None,) * 7,
+        dx if ctx.needs_input_grad[0] else None, dw_expand, *dbn1, None, dw_depthwise, *dbn2, None, *dse, dw_project,
+        *dbn3, *(None,) * 8,
     )  # fmt: skip
 
 
@@ -361,6 +410,7 @@ def _check(
     stride: int,
 ) -> None:
     expanded = w_depthwise.shape[0]
+    dense = w_expand is not None and w_expand.shape[-1] > 1
     if (w_expand is None) != (bn1 is None):
         raise ValueError("bn1: must be given with w_expand, and only with it")
     expected = (expanded if w_expand is None else w_expand.shape[1], "w_depthwise" if w_expand is None else "w_expand")
@@ -373,5 +423,5 @@ def _check(
         bn1.check(expanded, "bn1")
     bn2.check(expanded, "bn2")
     bn3.check(w_project.shape[0], "bn3")
-    if residual and (stride != 1 or w_project.shape[0] != x.shape[1]):
-        raise ValueError(f"residual: needs stride 1 and {x.shape[1]} output channels")
+    if residual and (dense or stride != 1 or w_project.shape[0] != x.shape[1]):
+        raise ValueError(f"residual: needs stride 1, {x.shape[1]} output channels, and a 1x1 expansion if any")

@@ -101,7 +101,8 @@ _BLOCK_SCHEMAS = (
     " -> (Tensor out, Tensor e, Tensor y, Tensor p, Tensor stats1, Tensor stats2, Tensor stats3, Tensor squeeze)",
     "block_backward(Tensor dout, Tensor x, Tensor e, Tensor y, Tensor p, Tensor stats1, Tensor stats2, Tensor stats3,"
     " Tensor squeeze, Tensor? w_expand, Tensor w_depthwise, Tensor w_se_reduce, Tensor b_se_reduce, Tensor w_se_expand,"
-    " Tensor b_se_expand, Tensor w_project, Tensor? branch_scale, int stride, bool same, bool residual)"
+    " Tensor b_se_expand, Tensor w_project, Tensor? branch_scale, int stride, bool same, bool residual,"
+    " bool input_grad)"
     " -> (Tensor dx, Tensor dbn3, Tensor dbn2, Tensor dw_project, Tensor dw_depthwise, Tensor dw_se_reduce,"
     " Tensor db_se_reduce, Tensor dw_se_expand, Tensor db_se_expand, Tensor dw_expand, Tensor dbn1)",
     "block_inference(Tensor x, Tensor? expand, Tensor? expand_shift, Tensor w_depthwise, Tensor depthwise_shift,"

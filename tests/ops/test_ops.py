@@ -49,6 +49,7 @@ class Block:
             "se_expand_bias": (expanded,),
             "project": (c_out, expanded, 1, 1),
             "dense": (c_out, c_in, kernel, kernel),
+            "stem": (expanded, 3, 3, 3),
         }
         weights = nn.ParameterDict({name: nn.Parameter(0.4 * torch.randn(s)) for name, s in shapes.items()})
         return cls(norms, weights, stride, same)
@@ -89,6 +90,21 @@ def call_mbconv_unexpanded(op: Callable[..., Tensor], block: Block, x: Tensor) -
     )  # fmt: skip
 
 
+def call_mbconv_stem(op: Callable[..., Tensor], block: Block, x: Tensor) -> Tensor:
+    w = block.weights
+    return op(
+        x[:, :3], w["stem"], block.bn(0), w["depthwise"], block.bn(1), block.se(), w["project"], block.bn(2),
+        expand_stride=2, **block.window(),
+    )  # fmt: skip
+
+
+def mbconv_stem_eager(
+    x: Tensor, w_stem: Tensor, bn1: ops.BatchNorm, *operands: object, expand_stride: int, stride: int, same: bool
+) -> Tensor:
+    e = ops.conv_bn_act_eager(x, w_stem, bn1, stride=expand_stride, same=same)
+    return ops.mbconv_eager(e, None, None, *operands, stride=stride, same=same)
+
+
 def call_section(op: Callable[..., Tensor], block: Block, x: Tensor) -> Tensor:
     return op(x, block.bn(0), block.weights["depthwise"], block.bn(1), block.se(), **block.window())
 
@@ -121,6 +137,7 @@ def call_se(op: Callable[..., Tensor], block: Block, x: Tensor) -> Tensor:
 OPS = {
     "mbconv": (ops.mbconv, ops.mbconv_eager, call_mbconv, True),
     "mbconv_unexpanded": (ops.mbconv, ops.mbconv_eager, call_mbconv_unexpanded, False),
+    "mbconv_stem": (ops.mbconv, mbconv_stem_eager, call_mbconv_stem, True),
     "mbconv_section": (ops.mbconv_section, ops.mbconv_section_eager, call_section, False),
     "dwconv_bn_silu": (ops.dwconv_bn_silu, ops.dwconv_bn_silu_eager, call_dwconv, False),
     "conv_bn_act": (ops.conv_bn_act, ops.conv_bn_act_eager, call_conv, True),
@@ -265,7 +282,7 @@ def test_any_memory_format_of_input_and_gradient(name: str, layout: str) -> None
 @pytest.mark.parametrize("memory", ["lean", "min"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("name", ["mbconv", "mbconv_unexpanded", "conv_bn_act", "conv_bn_act_pointwise"])
+@pytest.mark.parametrize("name", ["mbconv", "mbconv_unexpanded", "mbconv_stem", "conv_bn_act", "conv_bn_act_pointwise"])
 def test_memory_policies_give_the_same_gradients(
     name: str, case: Sequence[int], dtype: torch.dtype, memory: str
 ) -> None:
@@ -284,23 +301,24 @@ def test_memory_policies_give_the_same_gradients(
 
     (expected, all_bytes), (actual, fewer_bytes) = train("fast"), train(memory)
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
-    saves = memory == "min" or name == "mbconv"
+    saves = memory == "min" or name.startswith("mbconv")
     assert fewer_bytes < all_bytes if saves else fewer_bytes == all_bytes
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("case", [*CASES, (16, 16, 16, 3, 1, False, 6, 5, 2)], ids=str)
-@pytest.mark.parametrize("expands", [True, False])
+@pytest.mark.parametrize("name", ["mbconv", "mbconv_unexpanded", "mbconv_stem"])
 def test_a_block_in_one_call_equals_its_passes(
-    expands: bool, case: Sequence[int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    name: str, case: Sequence[int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bit for bit: the CPU's whole block, and the same passes called one by one, as on other backends."""
     assert torch.ops.effnet_fast.block_forward.default is backend._PASSES.cpu.block_forward
 
     def train() -> list[Tensor]:
-        block, x = sample(case, expands)
+        op, _, call, uses_input = OPS[name]
+        block, x = sample(case, uses_input)
         x = x.to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
-        out = (call_mbconv if expands else call_mbconv_unexpanded)(ops.mbconv, block, x)
+        out = call(op, block, x)
         out.square().sum().backward()
         grads = [p.grad for p in (*block.weights.values(), *block.norms.parameters()) if p.grad is not None]
         return [out, x.grad, *grads, *block.norms.buffers()]
@@ -343,7 +361,7 @@ def test_convolution_of_an_image(channels: int, kernel: int, stride: int, same: 
 
 
 @pytest.mark.parametrize(
-    "name", ["mbconv", "mbconv_section", "dwconv_bn_silu", "conv_bn_act", "bn_act", "squeeze_excite"]
+    "name", ["mbconv", "mbconv_stem", "mbconv_section", "dwconv_bn_silu", "conv_bn_act", "bn_act", "squeeze_excite"]
 )
 def test_gradcheck_of_the_algebra_in_float64(name: str) -> None:
     """The custom ops take float64 through the reference passes, so finite differences check the algebra itself."""
@@ -352,6 +370,7 @@ def test_gradcheck_of_the_algebra_in_float64(name: str) -> None:
     block = block.double()
     inner = {
         "mbconv": torch.ops.effnet_fast.mbconv,
+        "mbconv_stem": torch.ops.effnet_fast.mbconv,
         "mbconv_section": torch.ops.effnet_fast.mbconv_section,
         "dwconv_bn_silu": torch.ops.effnet_fast.mbconv_section,
         "conv_bn_act": torch.ops.effnet_fast.conv_bn_act,
@@ -362,29 +381,17 @@ def test_gradcheck_of_the_algebra_in_float64(name: str) -> None:
     norms = [(bn.weight.detach(), bn.bias.detach(), bn.eps) for bn in block.norms]
     se = (w["se_reduce"], w["se_reduce_bias"], w["se_expand"], w["se_expand_bias"])
     scale = torch.tensor([0.5, 2.0], dtype=torch.float64)
+    block_args = (*norms[0], w["depthwise"], *norms[1], *se, w["project"], *norms[2])
     args = {
-        "mbconv": (
-            w["expand"],
-            *norms[0],
-            w["depthwise"],
-            *norms[1],
-            *se,
-            w["project"],
-            *norms[2],
-            scale,
-            1,
-            False,
-            True,
-            "fast",
-            "",
-        ),
+        "mbconv": (w["expand"], *block_args, scale, 1, 1, False, True, "fast", ""),
+        "mbconv_stem": (w["stem"], *block_args, None, 2, 1, False, False, "lean", ""),
         "mbconv_section": (*norms[0], w["depthwise"], *norms[1], *se, 1, False),
         "dwconv_bn_silu": (None, None, 0.0, w["depthwise"], *norms[1], None, None, None, None, 1, False),
         "conv_bn_act": (w["dense"], *norms[2], 2, False, True, "", "min"),
         "bn_act": (*norms[0], True, torch.randn(x.shape, dtype=torch.float64), scale, ""),
         "squeeze_excite": se,
     }[name]
-    leaves = [x.double().requires_grad_()]
+    leaves = [x[:, : 3 if name == "mbconv_stem" else 8].double().requires_grad_()]
     leaves += [a.clone().requires_grad_() if isinstance(a, Tensor) and a is not scale else a for a in args]
     assert torch.autograd.gradcheck(lambda *a: inner(*a)[0], leaves, eps=1e-6, atol=1e-5, nondet_tol=0)
 
