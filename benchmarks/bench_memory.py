@@ -74,8 +74,8 @@ def bytes_an_image(model: nn.Module, backend: str, size: int) -> tuple[float, fl
 
 def with_policy(model: EfficientNet, policy: Memory, segments: bool = False) -> EfficientNet:
     model = copy.deepcopy(model)
-    blocks = range(1, len(model.blocks) + 1)  # 0 is the stem
-    model.set_memory([policy] * (len(blocks) + 2), [(block, block + 1) for block in blocks] if segments else ())
+    blocks = range(len(model.blocks))
+    model.set_memory([policy] * (len(blocks) + 1), [(block, block + 1) for block in blocks] if segments else ())
     return model
 
 
