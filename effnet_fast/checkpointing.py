@@ -21,7 +21,6 @@ def checkpointed(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
 
 
 def _checkpointed(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
-
     def run(x: Tensor) -> Tensor:
         for module in modules:
             x = module(x)

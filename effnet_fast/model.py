@@ -143,7 +143,7 @@ class EfficientNet(nn.Module):
         """What is kept for backward, part by part: `planning.Plan` holds such an assignment. Gradients are the same.
 
         policies: of the stem with the first block, each other block, and the head.
-        segments: [begin, end) of the blocks that keep only their first part's input and run
+        segments: [begin, end) of the blocks, which keep only the first one's input (with block 0, the stem's) and run
             again in the backward pass, where they keep what their policies say; in ascending order.
         Raises ValueError for another number of policies, an unknown one, or segments that overlap or reach too far.
         """

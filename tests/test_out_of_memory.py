@@ -29,7 +29,7 @@ def test_the_run_ends_with_the_options_that_fit(tmp_path: Path) -> None:
     assert finish(start(*B0, *more, "2", log=log, prepare=leave_little)) == 1
     assert "Traceback" not in log.read_text()
     lines = log.read_text().splitlines()
-    assert lines[0].startswith("warning: memory may run out: a step of batch 160 at 96 px needs ")
+    assert lines[0].startswith("warning: memory may run out: a step of batch 160 at 96 px needs 59")
     assert (run / "checkpoint.pt").read_bytes() == before
     advice = re.search(r"out of memory: a step of .* with --memory fast, there are .* MB; --memory (\d+MB) ", lines[-1])
     assert advice, lines[-1]

@@ -14,7 +14,7 @@ from effnet_fast.ops.normalization import BatchNorm, batch_norm_grad, batch_stat
 from effnet_fast.passes.algebra import Norm
 from effnet_fast.passes.backend import passes_for, resolve
 from effnet_fast.passes.products import patches_grad, window_padding
-from effnet_fast.passes.schema import output_size
+from effnet_fast.passes.schema import convolution_output
 
 
 def conv_bn_act(
@@ -92,13 +92,6 @@ def as_pointwise(weight: Tensor) -> Tensor:
         return weight
     matrix = weight.permute(0, 2, 3, 1).flatten(1)
     return F.pad(matrix, (0, -matrix.shape[1] % 8))[:, :, None, None]
-
-
-def convolution_output(x: Tensor, weight: Tensor, stride: int, same: bool) -> Tensor:
-    """Uninitialised."""
-    out_channels, _, kernel, _ = weight.shape
-    h, w = (output_size(size, kernel, stride, same) for size in x.shape[2:])
-    return x.new_empty(len(x), h, w, out_channels).permute(0, 3, 1, 2)
 
 
 def _forward(

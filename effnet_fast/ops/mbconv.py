@@ -13,7 +13,6 @@ from effnet_fast.ops.conv_bn_act import (
     conv_bn_act,
     convolution_backend,
     convolution_grads,
-    convolution_output,
 )
 from effnet_fast.ops.fused_op import fused_op
 from effnet_fast.ops.memory_policy import Memory, check_memory
@@ -23,7 +22,7 @@ from effnet_fast.passes.algebra import Norm
 from effnet_fast.passes.backend import passes_for, resolve
 from effnet_fast.passes.products import identity
 from effnet_fast.passes.reference import dwconv
-from effnet_fast.passes.schema import dwconv_output, pointwise_output
+from effnet_fast.passes.schema import convolution_output
 
 
 def mbconv(
@@ -75,12 +74,12 @@ def mbconv(
     training = bn2.training
     alike = all((bn.training, bn.group) == (training, bn2.group) for bn in norms)
     plain = not alike or resolve(_as_expanded(x, w_expand), w_depthwise.shape[-1], stride) == "eager"
-    if w_expand is not None and bn1 is not None and w_expand.shape[-1] > 1:
+    if w_expand is not None and bn1 is not None and not _is_pointwise(w_expand):
         native = x.device.type == "cpu" and convolution_backend(x, w_expand, expand_stride) != "eager"
         if plain or not training or not native:
             e = conv_bn_act(x, w_expand, bn1, stride=expand_stride, same=same, memory=memory)
-            window: dict[str, Any] = {"stride": stride, "same": same}
-            return mbconv(e, None, None, w_depthwise, bn2, se, w_project, bn3, memory=memory, **window)
+            rest: dict[str, Any] = {"stride": stride, "same": same, "branch_scale": branch_scale, "memory": memory}
+            return mbconv(e, None, None, w_depthwise, bn2, se, w_project, bn3, **rest)
     operands = (x, w_expand, bn1, w_depthwise, bn2, se, w_project, bn3)
     needs_grad = torch.is_grad_enabled() and any(
         t.requires_grad for t in (x, w_depthwise, w_project, *se, *(p for bn in norms for p in (bn.weight, bn.bias)))
@@ -261,8 +260,8 @@ def _fake(
     residual, memory, group,
 ):  # fmt: skip
     e = x if w_expand is None else convolution_output(x, w_expand, expand_stride, same)
-    y = dwconv_output(e, w_depthwise, stride, same)
-    p = pointwise_output(y, w_project)
+    y = convolution_output(e, w_depthwise, stride, same)
+    p = convolution_output(y, w_project)
     stats1, stats2, squeeze = sections.fake_stats(e, w_expand is not None, True)
     stats3 = stats2.new_empty(5, p.shape[1])
     return torch.empty_like(p), *_those_kept(_kept(memory, w_expand), e, y, p), stats1, stats2, stats3, squeeze
@@ -410,7 +409,7 @@ def _check(
     stride: int,
 ) -> None:
     expanded = w_depthwise.shape[0]
-    dense = w_expand is not None and w_expand.shape[-1] > 1
+    dense = w_expand is not None and not _is_pointwise(w_expand)
     if (w_expand is None) != (bn1 is None):
         raise ValueError("bn1: must be given with w_expand, and only with it")
     expected = (expanded if w_expand is None else w_expand.shape[1], "w_depthwise" if w_expand is None else "w_expand")

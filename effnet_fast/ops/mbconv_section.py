@@ -13,7 +13,7 @@ from effnet_fast.ops.normalization import BatchNorm, Norm, batch_stats, values_p
 from effnet_fast.ops.squeeze_excite import SqueezeExcite, gated
 from effnet_fast.passes.backend import passes_for, resolve
 from effnet_fast.passes.reference import dwconv
-from effnet_fast.passes.schema import dwconv_output
+from effnet_fast.passes.schema import convolution_output
 
 
 def mbconv_section(
@@ -155,7 +155,7 @@ def _fake(
     e, bn1_weight, bn1_bias, bn1_eps, weight, bn2_weight, bn2_bias, bn2_eps, w_reduce, b_reduce, w_expand, b_expand,
     stride, same,
 ):  # fmt: skip
-    o = dwconv_output(e, weight, stride, same)
+    o = convolution_output(e, weight, stride, same)
     return o, torch.empty_like(o), *sections.fake_stats(e, bn1_weight is not None, w_reduce is not None)
 
 

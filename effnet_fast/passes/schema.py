@@ -131,18 +131,12 @@ def empty_like_nhwc(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.channels_last)
 
 
-def dwconv_output(x: Tensor, weight: Tensor, stride: int, same: bool) -> Tensor:
-    """An uninitialised output of a depthwise convolution of x."""
-    n, c, h, w = x.shape
-    kernel = weight.shape[-1]
-    shape = (n, c, output_size(h, kernel, stride, same), output_size(w, kernel, stride, same))
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-
-
-def pointwise_output(x: Tensor, weight: Tensor) -> Tensor:
-    """An uninitialised output of a 1x1 convolution of x."""
+def convolution_output(x: Tensor, weight: Tensor, stride: int = 1, same: bool = False) -> Tensor:
+    """An uninitialised output of a convolution of x, depthwise or not."""
     n, _, h, w = x.shape
-    return x.new_empty(n, h, w, weight.shape[0]).permute(0, 3, 1, 2)
+    channels, _, kernel, _ = weight.shape
+    h, w = (output_size(size, kernel, stride, same) for size in (h, w))
+    return x.new_empty(n, h, w, channels).permute(0, 3, 1, 2)
 
 
 def _floats(x: Tensor, *shape: int) -> Tensor:
@@ -156,7 +150,7 @@ def _(x):
 
 @torch.library.register_fake("effnet_fast::dwconv_stats", lib=_LIBRARY)
 def _(x, weight, scale, shift, stride, same):
-    return dwconv_output(x, weight, stride, same), _floats(x, x.shape[1]), _floats(x, x.shape[1])
+    return convolution_output(x, weight, stride, same), _floats(x, x.shape[1]), _floats(x, x.shape[1])
 
 
 @torch.library.register_fake("effnet_fast::pool", lib=_LIBRARY)
@@ -186,7 +180,7 @@ def _(grad, y, scale, shift, mean, silu, gate, pooled_grad, a, b):
 
 @torch.library.register_fake("effnet_fast::dwconv_affine", lib=_LIBRARY)
 def _(x, weight, in_scale, in_shift, scale, shift, stride, same):
-    return dwconv_output(x, weight, stride, same), _floats(x, *x.shape[:2])
+    return convolution_output(x, weight, stride, same), _floats(x, *x.shape[:2])
 
 
 @torch.library.register_fake("effnet_fast::patches", lib=_LIBRARY)
@@ -198,12 +192,12 @@ def _(x, kernel, stride, same):
 
 @torch.library.register_fake("effnet_fast::pointwise_stats", lib=_LIBRARY)
 def _(x, weight, scale, shift, gate):
-    return pointwise_output(x, weight), _floats(x, weight.shape[0]), _floats(x, weight.shape[0])
+    return convolution_output(x, weight), _floats(x, weight.shape[0]), _floats(x, weight.shape[0])
 
 
 @torch.library.register_fake("effnet_fast::pointwise_affine", lib=_LIBRARY)
 def _(x, weight, gate, scale, shift, silu, residual):
-    return pointwise_output(x, weight)
+    return convolution_output(x, weight)
 
 
 @torch.library.register_fake("effnet_fast::backward_pointwise", lib=_LIBRARY)

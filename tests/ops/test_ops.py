@@ -94,15 +94,15 @@ def call_mbconv_stem(op: Callable[..., Tensor], block: Block, x: Tensor) -> Tens
     w = block.weights
     return op(
         x[:, :3], w["stem"], block.bn(0), w["depthwise"], block.bn(1), block.se(), w["project"], block.bn(2),
-        expand_stride=2, **block.window(),
+        expand_stride=2, branch_scale=torch.tensor([0.5, 2.0, 0.0][: len(x)]), **block.window(),
     )  # fmt: skip
 
 
 def mbconv_stem_eager(
-    x: Tensor, w_stem: Tensor, bn1: ops.BatchNorm, *operands: object, expand_stride: int, stride: int, same: bool
+    x: Tensor, w_stem: Tensor, bn1: ops.BatchNorm, *operands: object, expand_stride: int, same: bool, **others: object
 ) -> Tensor:
     e = ops.conv_bn_act_eager(x, w_stem, bn1, stride=expand_stride, same=same)
-    return ops.mbconv_eager(e, None, None, *operands, stride=stride, same=same)
+    return ops.mbconv_eager(e, None, None, *operands, same=same, **others)
 
 
 def call_section(op: Callable[..., Tensor], block: Block, x: Tensor) -> Tensor:

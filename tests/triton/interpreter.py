@@ -125,7 +125,7 @@ class Guard:
     def allocations(self) -> Iterator[None]:
         """Guards all that the launchers allocate for kernels to write to, and the packed weights that they read."""
         wraps = {
-            "dwconv_output": self.output,
+            "convolution_output": self.output,
             "empty_like_nhwc": self.output,
             "empty_floats": self.output,
             "pack_weight": self.input,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from effnet_fast.passes.schema import dwconv_output
+from effnet_fast.passes.schema import convolution_output
 from effnet_fast.passes.triton.arithmetic import Norm, load_norm, silu, zeros
 from effnet_fast.passes.triton.configs import depthwise_config
 from effnet_fast.passes.triton.launch import (
@@ -145,7 +145,7 @@ def dwconv_stats(
     check_activation(x, "x")
     check_window(x, weight, stride)
     check_operands(x, scale=scale, shift=shift)
-    y = dwconv_output(x, weight, stride, same)
+    y = convolution_output(x, weight, stride, same)
     n, channels, out_h, out_w = y.shape
     if y.numel() == 0:
         return y, x.new_zeros(channels, dtype=torch.float32), x.new_zeros(channels, dtype=torch.float32)
@@ -177,7 +177,7 @@ def dwconv_affine(
     check_activation(x, "x")
     check_window(x, weight, stride)
     check_operands(x, in_scale=in_scale, in_shift=in_shift, scale=scale, shift=shift)
-    z = dwconv_output(x, weight, stride, same)
+    z = convolution_output(x, weight, stride, same)
     n, channels, out_h, out_w = z.shape
     if z.numel() == 0:
         return z, x.new_zeros(n, channels, dtype=torch.float32)

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from effnet_fast.passes.schema import dwconv_output, empty_like_nhwc
+from effnet_fast.passes.schema import convolution_output, empty_like_nhwc
 from effnet_fast.passes.triton.arithmetic import (
     Norm,
     OutputGrad,
@@ -179,7 +179,7 @@ def backward_dwconv(
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_activation(x, "x")
     check_window(x, weight, stride)
-    check_like(grad, "grad", dwconv_output(x.to("meta"), weight, stride, same), "the convolution's output")
+    check_like(grad, "grad", convolution_output(x.to("meta"), weight, stride, same), "the convolution's output")
     if scale is not None:
         check_like(y, "y", grad, "grad")
     check_operands(x, scale=scale, shift=shift, mean=mean, gate=gate, pooled_grad=pooled_grad, a=a, b=b)
