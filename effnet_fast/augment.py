@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from effnet_fast.data import DataError, Split, TensorSplit, resize_square, source_side
+from effnet_fast.data import CROP_PCT, DataError, Split, TensorSplit, check_crop_pct, resize_square, source_side
 from effnet_fast.signals import SIGNALS, obey_parent_only
 
 AUGMENTS = ("reference", "fast", "crop")
@@ -53,6 +53,7 @@ def train_loader(
     num_classes: int | None = None,
     autoaugment: str | None = None,
     randaugment: int | None = None,
+    crop_pct: float = CROP_PCT,
     shard: tuple[int, int] = (0, 1),
 ) -> "Loader":
     """Shuffled, augmented batches; the last partial batch is dropped unless it is the only one.
@@ -61,8 +62,8 @@ def train_loader(
         split: the examples.
         augment: `reference`: random resized crop, AutoAugment, flip and random erasing of one example at a
             time; or `fast`: the same with larger crops and without AutoAugment, of whole batches on the device,
-            from pixels that are kept there; or `crop`: as `fast`, but the crop is a window at validation's scale,
-            moved by up to an eighth of `size` beyond the edges, where pixels are mirrored.
+            from pixels that are kept there; or `crop`: as `fast`, but without erasing, and the crop is a window at
+            validation's scale, moved by up to an eighth of `size` beyond the edges, where pixels are mirrored.
         size: of the batches, in pixels.
         batch_size: examples.
         seed: of everything random.
@@ -74,6 +75,7 @@ def train_loader(
         num_classes: needed with mixup and cutmix.
         autoaugment: AutoAugment policy of AUTOAUGMENTS; None is cifar10 in `reference`, no AutoAugment in the others.
         randaugment: magnitude of RandAugment in place of AutoAugment. In `fast` and `crop`, both cost a call an image.
+        crop_pct: as in `val_loader`; decides the scale of `crop`.
         shard: (number, count) of the process among those that share each step: together their batches are one of
             `count * batch_size` examples, augmented as it would be in one process.
 
@@ -81,7 +83,7 @@ def train_loader(
         ValueError: an argument out of range.
         DataError: an empty split, or an image that can't be read.
     """
-    _check_arguments(split, augment, size, batch_size, num_workers)
+    _check_arguments(split, augment, size, batch_size, num_workers, crop_pct)
     policy = _policy(autoaugment, randaugment)
     fetch: Callable[[_Job], Batch]
     if augment == "reference":
@@ -89,13 +91,12 @@ def train_loader(
     else:
         num_workers = 0
         boxes = random_crops
-        tensors = split.to_tensor(size)
+        side = source_side(size, crop_pct)
+        tensors = split.to_tensor(side)
         if augment == "crop":
             boxes = partial(random_windows, size=size)
-            tensors = TensorSplit(
-                mirror_edges(resize_square(tensors.images, source_side(size)), size // 8), tensors.labels
-            )
-        fetch = _FastTraining(tensors, size, seed, torch.device(device), policy, boxes)
+            tensors = TensorSplit(mirror_edges(resize_square(tensors.images, side), size // 8), tensors.labels)
+        fetch = _FastTraining(tensors, size, seed, torch.device(device), policy, boxes, erase=augment == "fast")
     return Loader(
         fetch,
         len(split),
@@ -116,33 +117,37 @@ def val_loader(
     batch_size: int,
     num_workers: int = 0,
     device: torch.device | str = "cpu",
+    crop_pct: float = CROP_PCT,
     shard: tuple[int, int] = (0, 1),
 ) -> "Loader":
-    """Every example in order: resized to int(size / 0.875), bicubic, and its centre cropped to `size`.
+    """Every example in order: resized to int(size / crop_pct), bicubic, and its centre cropped to `size`.
 
     The batches are the same for every `augment`. `reference` reads an image folder again in every epoch, in
     `num_workers` processes; the others read it once and keep its pixels on the device.
 
+    crop_pct: share of the image's side that is seen, in 0..1; the study's is 0.875. At 1 nothing is cut off.
     shard: (number, count) of the process among those that share the batches; each batch is one process's.
     Other Args, and Raises: as `train_loader`.
     """
-    _check_arguments(split, augment, size, batch_size, num_workers)
+    _check_arguments(split, augment, size, batch_size, num_workers, crop_pct)
+    side = source_side(size, crop_pct)
     fetch: Callable[[_Job], Batch]
     if augment != "reference" or isinstance(split, TensorSplit):
         num_workers = 0
-        fetch = _TensorValidation(split.to_tensor(size), size, torch.device(device))
+        fetch = _TensorValidation(split.to_tensor(side), size, side, torch.device(device))
     else:
-        fetch = _FileValidation(split, size)
+        fetch = _FileValidation(split, size, crop_pct)
     return Loader(fetch, len(split), batch_size, num_workers=num_workers, device=torch.device(device), shard=shard)
 
 
-def _check_arguments(split: Split, augment: str, size: int, batch_size: int, num_workers: int) -> None:
+def _check_arguments(split: Split, augment: str, size: int, batch_size: int, num_workers: int, crop_pct: float) -> None:
     if augment not in AUGMENTS:
         raise ValueError(f"augment: {augment!r} is unknown, choose from {', '.join(AUGMENTS)}")
     limits = (("size", size, 1), ("batch_size", batch_size, 1), ("num_workers", num_workers, 0))
     for name, value, least in limits:
         if value < least:
             raise ValueError(f"{name}: {value}, must be at least {least}")
+    check_crop_pct(crop_pct)
     if len(split) == 0:
         raise DataError("split: has no examples, needs at least 1")
 
@@ -281,9 +286,13 @@ def _start_worker(_: int) -> None:
     obey_parent_only()
 
 
-def validation_images(images: Iterable[Tensor], size: int) -> Tensor:
-    """Images, each uint8 [3, h, w], resized, cropped to `size` pixels and normalized: float32 [N, 3, size, size]."""
-    cropped = torch.stack([_center(image, size) for image in images])
+def validation_images(images: Iterable[Tensor], size: int, crop_pct: float) -> Tensor:
+    """Images, each uint8 [3, h, w], resized, cropped to `size` pixels and normalized: float32 [N, 3, size, size].
+
+    crop_pct: as in `val_loader`.
+    """
+    side = source_side(size, crop_pct)
+    cropped = torch.stack([_center(image, size, side) for image in images])
     return _normalize(cropped.permute(0, 2, 3, 1))
 
 
@@ -364,27 +373,30 @@ class _ReferenceTraining:
 
 
 class _FileValidation:
-    def __init__(self, split: Split, size: int) -> None:
+    def __init__(self, split: Split, size: int, crop_pct: float) -> None:
         self.split = split
         self.size = size
+        self.crop_pct = crop_pct
 
     def __call__(self, job: _Job) -> Batch:
         images, labels = zip(*(self.split[index] for index in job.indices), strict=True)
-        return validation_images(images, self.size), torch.tensor(labels)
+        return validation_images(images, self.size, self.crop_pct), torch.tensor(labels)
 
 
 # fast, crop
 
 
 class _TensorValidation:
-    def __init__(self, split: TensorSplit, size: int, device: torch.device) -> None:
+    def __init__(self, split: TensorSplit, size: int, side: int, device: torch.device) -> None:
         self.images = split.images.to(device)
         self.labels = split.labels.to(device)
         self.size = size
+        self.side = side
 
     def __call__(self, job: _Job) -> Batch:
         chosen = slice(job.indices[0], job.indices[-1] + 1)
-        return _normalize(_center(self.images[chosen], self.size).permute(0, 2, 3, 1)), self.labels[chosen]
+        cropped = _center(self.images[chosen], self.size, self.side)
+        return _normalize(cropped.permute(0, 2, 3, 1)), self.labels[chosen]
 
 
 class _FastTraining:
@@ -396,6 +408,8 @@ class _FastTraining:
         device: torch.device,
         policy: v2.Transform | None,
         random_boxes: Callable[[torch.Generator, int, int, int], Tensor],
+        *,
+        erase: bool,
     ) -> None:
         self.images = split.images.to(device)
         self.labels = split.labels.to(device)
@@ -403,6 +417,7 @@ class _FastTraining:
         self.seed = seed
         self.policy = policy
         self.random_boxes = random_boxes
+        self.erase = erase
 
     def __call__(self, job: _Job) -> Batch:
         generator = _generator(self.seed, job.epoch, "augment", job.position)
@@ -410,7 +425,6 @@ class _FastTraining:
         count = len(job.indices)
         boxes = self.random_boxes(generator, count, self.images.shape[2], self.images.shape[3])[job.part]
         flipped = (torch.rand(count, generator=generator) < 0.5)[job.part]
-        holes = random_holes(generator, count, self.size)[job.part]
         chosen = torch.tensor(job.indices[job.part], device=self.images.device)
         images = self.images[chosen]
         pixels = crop_resize_flip(images, boxes, flipped, self.size)
@@ -421,11 +435,14 @@ class _FastTraining:
                 with _seeded(self.seed, job.epoch, "policy", position):
                     changed.append(self.policy(image))
             pixels = torch.stack(changed).permute(0, 2, 3, 1)
-        return _erase(_normalize(pixels), holes), self.labels[chosen]
+        batch = _normalize(pixels)
+        if self.erase:
+            _erase(batch, random_holes(generator, count, self.size)[job.part])
+        return batch, self.labels[chosen]
 
 
-def _center(images: Tensor, size: int) -> Tensor:
-    return F.center_crop(resize_square(images, source_side(size)), [size, size])
+def _center(images: Tensor, size: int, side: int) -> Tensor:
+    return F.center_crop(resize_square(images, side), [size, size])
 
 
 def _normalize(pixels: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from effnet_fast.scaling import get_family, get_variant
 
 # What a checkpoint's tensors and its place in the training data depend on.
 FIXED_ON_RESUME = (
-    *("variant", "family", "strides", "dataset", "resolution", "augment", "seed", "limit_train"),
+    *("variant", "family", "strides", "dataset", "resolution", "augment", "crop_pct", "seed", "limit_train"),
     *("batch_size", "accumulate", "optimizer", "freeze", "processes"),
 )
 
@@ -27,6 +27,7 @@ class Config:
     batch_size: int
     lr: float
     augment: str
+    crop_pct: float
     amp: str
     memory: str
     seed: int

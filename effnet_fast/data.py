@@ -28,6 +28,9 @@ from torchvision.transforms.v2 import functional as F
 
 DATASETS = ("cifar10", "digits", "folder")
 
+# Share of an image's side that the study's validation sees.
+CROP_PCT = 0.875
+
 MAX_PIXELS = 64_000_000
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"})
 # Pillow would also hand a file to Ghostscript or to rarely exercised decoders if its content asked for them.
@@ -60,9 +63,15 @@ def resize_square(images: Tensor, side: int) -> Tensor:
     return F.center_crop(resized, [side, side])
 
 
-def source_side(size: int) -> int:
-    """Side in pixels that an image is resized to before it is cropped to `size` for validation."""
-    return int(size / 0.875)
+def check_crop_pct(crop_pct: float) -> None:
+    """Raises ValueError for a share of an image's side that can't be."""
+    if not 0 < crop_pct <= 1:
+        raise ValueError(f"crop_pct: got {crop_pct}, must be more than 0 and at most 1")
+
+
+def source_side(size: int, crop_pct: float) -> int:
+    """Side in pixels that an image is resized to before its centre, this share of the side, is cropped to `size`."""
+    return int(size / crop_pct)
 
 
 def _first_indices(count: int, n: int) -> Tensor:
@@ -106,7 +115,7 @@ class TensorSplit:
         chosen = _first_indices(len(self), n)
         return TensorSplit(self.images[chosen], self.labels[chosen])
 
-    def to_tensor(self, size: int) -> "TensorSplit":
+    def to_tensor(self, side: int) -> "TensorSplit":
         """The split itself: its images are in memory already, whatever size they are used at."""
         return self
 
@@ -139,13 +148,12 @@ class FolderSplit:
         chosen = _first_indices(len(self), n)
         return FolderSplit(tuple(self.files[i] for i in chosen.tolist()), self.labels[chosen])
 
-    def to_tensor(self, size: int) -> TensorSplit:
-        """Decode every image once, as squares of int(size / 0.875) pixels.
+    def to_tensor(self, side: int) -> TensorSplit:
+        """Decode every image once, as squares of `side` pixels.
 
         Raises:
             DataError: an image can't be read, or all of them together don't fit in memory.
         """
-        side = source_side(size)
         try:
             images = torch.empty(len(self), 3, side, side, dtype=torch.uint8)
         except RuntimeError:

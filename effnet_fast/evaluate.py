@@ -13,7 +13,7 @@ from effnet_fast.amp import autocast
 from effnet_fast.augment import val_loader
 from effnet_fast.cli import ArgumentParser, devices
 from effnet_fast.config import stored_options
-from effnet_fast.data import load_dataset
+from effnet_fast.data import CROP_PCT, load_dataset
 from effnet_fast.memory import keep_freed_memory
 from effnet_fast.model import STRIDES, create_model
 from effnet_fast.passes.backend import use_backend
@@ -99,6 +99,7 @@ def _report(run_path: Path, checkpoint: str, data_dir: str | None, device_name: 
         val,
         augment=config["augment"],
         size=config["input_size"],
+        crop_pct=config.get("crop_pct", CROP_PCT),
         batch_size=config["batch_size"],
         num_workers=config["num_workers"],
         device=device,

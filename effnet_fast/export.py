@@ -94,7 +94,7 @@ def export_program(run: RunModel, output: Path, kind: str) -> None:
     write, name = PROGRAMS[kind]
     size = run.input_size
     batches = [torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(n)) for n in (1, 2, 5)]
-    facts = {"classes": run.classes, "input_size": size, "mean": MEAN, "std": STD}
+    facts = {"classes": run.classes, "input_size": size, "crop_pct": run.crop_pct, "mean": MEAN, "std": STD}
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         expected = [run.model(images) for images in batches]
         run.model.fuse()

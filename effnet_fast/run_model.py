@@ -11,17 +11,21 @@ from torch import Tensor
 
 from effnet_fast.augment import validation_images
 from effnet_fast.cli import ArgumentParser
-from effnet_fast.data import IMAGE_EXTENSIONS, DataError, read_image
+from effnet_fast.data import CROP_PCT, IMAGE_EXTENSIONS, DataError, check_crop_pct, read_image
 from effnet_fast.model import EfficientNet
 from effnet_fast.run_folder import CHECKPOINTS, RunError, RunFolder
 
 
 class RunModel(NamedTuple):
-    """The moving average of a run's model in eval mode, the names of its classes, and its input size in pixels."""
+    """The moving average of a run's model in eval mode, the names of its classes, and how it takes images.
+
+    input_size: in pixels. crop_pct: share of an image's side that it sees.
+    """
 
     model: EfficientNet
     classes: tuple[str, ...]
     input_size: int
+    crop_pct: float
 
     @classmethod
     def load(cls, path: Path, checkpoint: str = "best") -> "RunModel":
@@ -32,15 +36,20 @@ class RunModel(NamedTuple):
         strings = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
         if not strings or not isinstance(size, int) or size < 1:
             raise RunError(f"{path / 'config.json'}: lacks classes or input_size; give the folder of a training run")
+        crop_pct = config.get("crop_pct", CROP_PCT)
+        try:
+            check_crop_pct(crop_pct)
+        except (TypeError, ValueError):
+            raise RunError(f"{path / 'config.json'}: crop_pct is {crop_pct!r}, not a run's configuration") from None
         model = EfficientNet.from_pretrained(path / CHECKPOINTS[checkpoint])
         if model.classifier.out_features != len(classes):
             raise RunError(f"{path}: the {checkpoint} checkpoint does not fit the run's configuration")
         model.to(memory_format=torch.channels_last)
-        return cls(model, tuple(classes), size)
+        return cls(model, tuple(classes), size, crop_pct)
 
     def prepare(self, image: Tensor) -> Tensor:
         """An image, uint8 [3, h, w], as the model takes it: [1, 3, size, size], as in validation."""
-        return validation_images([image], self.input_size)
+        return validation_images([image], self.input_size, self.crop_pct)
 
 
 def add_run_arguments(parser: ArgumentParser) -> None:

@@ -27,7 +27,7 @@ from effnet_fast.amp import AMP_DTYPES
 from effnet_fast.augment import AUGMENTS, AUTOAUGMENTS, Batch, Loader, train_loader, val_loader
 from effnet_fast.cli import ArgumentParser, at_least, devices, integers
 from effnet_fast.config import Config, fixed_difference, stored_options
-from effnet_fast.data import DATASETS, load_dataset
+from effnet_fast.data import CROP_PCT, DATASETS, check_crop_pct, load_dataset
 from effnet_fast.evaluate import evaluate
 from effnet_fast.memory import available_bytes, format_bytes, keep_freed_memory, parse_memory, ran_out_of_memory
 from effnet_fast.model import STRIDES, check_strides
@@ -92,6 +92,12 @@ def _parser() -> ArgumentParser:
     )
     parser.add_argument("--lr", type=at_least(0.0), help="peak learning rate; default: 0.256 * batch size / 256")
     parser.add_argument("--augment", choices=AUGMENTS, default="reference", help="default: reference")
+    parser.add_argument(
+        "--crop-pct",
+        type=at_least(0.0),
+        default=CROP_PCT,
+        help="share of an image's side that validation sees, and the scale of --augment crop; default: 0.875",
+    )
     parser.add_argument("--amp", choices=AMP_DTYPES, help="mixed precision; default: fp16 on CUDA, else off")
     parser.add_argument(
         "--memory",
@@ -296,6 +302,7 @@ def _newest_state(run: RunFolder, stored: dict[str, Any]) -> dict[str, Any] | No
 
 def _config(args: dict[str, Any]) -> Config:
     check_strides(args["strides"])
+    check_crop_pct(args["crop_pct"])
     for name in ("drop_rate", "drop_path_rate"):
         if args[name] is not None and args[name] >= 1:
             raise ValueError(f"--{name.replace('_', '-')}: got {args[name]}, must be from 0 to less than 1")
@@ -408,6 +415,7 @@ def train(
     shared: dict[str, Any] = {
         "augment": config.augment,
         "size": config.input_size,
+        "crop_pct": config.crop_pct,
         "batch_size": config.batch_size,
         "num_workers": config.num_workers,
         "device": torch.device(config.device),

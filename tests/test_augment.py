@@ -288,12 +288,12 @@ def test_fast_composes_its_parts() -> None:
     torch.testing.assert_close(images, expected, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("size", [20, 32])
-def test_crop_composes_its_parts(size: int) -> None:
+@pytest.mark.parametrize(("size", "crop_pct", "side"), [(20, 0.875, 22), (32, 0.875, 36), (32, 1.0, 32), (20, 0.5, 40)])
+def test_crop_composes_its_parts(size: int, crop_pct: float, side: int) -> None:
     split = noise_split(16)
-    images, labels = batches(train(split, "crop", size=size, seed=5, batch_size=16), epoch=3)[0]
+    loader = train(split, "crop", size=size, crop_pct=crop_pct, seed=5, batch_size=16)
+    images, labels = batches(loader, epoch=3)[0]
     generator = torch.Generator().manual_seed(derive_seed(5, 3, "augment", 0))
-    side = int(size / 0.875)
     padded = v2.functional.pad(
         v2.functional.resize(split.images, [side, side], v2.InterpolationMode.BICUBIC),
         size // 8,
@@ -301,12 +301,9 @@ def test_crop_composes_its_parts(size: int) -> None:
     )
     windows = random_windows(generator, 16, side + 2 * (size // 8), side + 2 * (size // 8), size=size)
     flipped = torch.rand(16, generator=generator) < 0.5
-    holes = random_holes(generator, 16, size)
-    for image, label, (top, left, *_), flip, hole in zip(images, labels, windows.tolist(), flipped, holes, strict=True):
+    for image, label, (top, left, *_), flip in zip(images, labels, windows.tolist(), flipped, strict=True):
         expected = padded[label, :, top : top + size, left : left + size]
         expected = v2.functional.normalize((expected.flip(2) if flip else expected) / 255, list(MEAN), list(STD))
-        top, left, height, width = hole.tolist()
-        expected[:, top : top + height, left : left + width] = 0
         # A window is not resampled: the constants are folded, a few units in the last place of values up to 2.7.
         torch.testing.assert_close(image, expected, rtol=0, atol=2e-6)
 
@@ -322,12 +319,23 @@ def test_windows_are_everywhere_alike() -> None:
         assert (found - count / places).abs().max() < 5 * math.sqrt(count / places)
 
 
-def test_crop_keeps_what_validation_sees() -> None:
+@pytest.mark.parametrize(("crop_pct", "side"), [(0.875, 36), (1.0, 32)])
+def test_crop_keeps_what_validation_sees(crop_pct: float, side: int) -> None:
     """The window in the middle is the validation image."""
     split = noise_split(3, 40, 40)
-    padded = mirror_edges(augment_module.resize_square(split.images, 36), 4)
-    (images, _), *_ = batches(val_loader(split, augment="crop", size=32, batch_size=3))
-    torch.testing.assert_close(levels(images), padded[:, :, 6:38, 6:38].float(), rtol=0, atol=1e-3)
+    padded = mirror_edges(augment_module.resize_square(split.images, side), 4)
+    (images, _), *_ = batches(val_loader(split, augment="crop", size=32, batch_size=3, crop_pct=crop_pct))
+    middle = slice(4 + (side - 32) // 2, 36 + (side - 32) // 2)
+    torch.testing.assert_close(levels(images), padded[:, :, middle, middle].float(), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("augment", AUGMENTS)
+def test_validation_at_crop_pct_1_sees_images_whole(augment: str, tmp_path: Path) -> None:
+    files = folder_split(tmp_path, [(20, 20)] * 3)
+    pixels = torch.stack([files[i][0] for i in range(3)])
+    for split in (files, TensorSplit(pixels, files.labels)):
+        (images, _), *_ = batches(val_loader(split, augment=augment, size=20, batch_size=3, crop_pct=1.0))
+        torch.testing.assert_close(levels(images), pixels.float(), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("augment", AUGMENTS)
@@ -649,6 +657,9 @@ def test_workers_end_with_a_process_that_still_holds_their_loader() -> None:
         ({"size": 0}, "size: 0, must be at least 1"),
         ({"batch_size": 0}, "batch_size: 0, must be at least 1"),
         ({"num_workers": -1}, "num_workers: -1, must be at least 0"),
+        ({"crop_pct": 0.0}, "crop_pct: got 0.0, must be more than 0 and at most 1"),
+        ({"crop_pct": 1.1}, "crop_pct: got 1.1, must be more than 0 and at most 1"),
+        ({"crop_pct": math.nan}, "crop_pct: got nan, must be"),
         ({"mixup": -0.1, "num_classes": 10}, "mixup: -0.1, must be at least 0"),
         ({"mixup": 0.1}, "num_classes: None, must be given with mixup"),
         ({"cutmix": -0.1}, "cutmix: -0.1, must be at least 0"),

@@ -58,6 +58,8 @@ def test_visible_undoes_the_normalization(run: Path, images: Path) -> None:
     pixels = torch.randint(0, 256, (3, 146, 146), dtype=torch.uint8)  # 128 / 0.875: cropped only
     expected = pixels[:, 9:137, 9:137].permute(1, 2, 0).numpy() / 255
     np.testing.assert_allclose(cam.visible(loaded.prepare(pixels)), expected, atol=1e-6)
+    whole = loaded._replace(crop_pct=1.0).prepare(pixels[:, 9:137, 9:137])
+    np.testing.assert_allclose(cam.visible(whole), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])

@@ -41,7 +41,7 @@ def assert_logits(run: Path, forward: export.Forward) -> None:
 def assert_description(text: str) -> None:
     facts = json.loads(text)
     assert facts["classes"] == [f"digit {i}" for i in range(10)]
-    assert facts["input_size"] == 32
+    assert (facts["input_size"], facts["crop_pct"]) == (32, 0.875)
     assert (facts["mean"], facts["std"]) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
 

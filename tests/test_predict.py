@@ -147,6 +147,9 @@ def test_other_runs_get_one_line(run: Path, tmp_path: Path, capsys: pytest.Captu
     for change in ({"classes": None}, {"classes": [1]}, {"input_size": "32"}, {"input_size": 0}):
         (tmp_path / "config.json").write_text(json.dumps(config | change))
         refuse(tmp_path, "config.json: lacks classes or input_size")
+    for crop_pct in (0, 1.5, "1", None):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"crop_pct": crop_pct}))
+        refuse(tmp_path, f"config.json: crop_pct is {crop_pct!r}, not a run's configuration")
     (tmp_path / "config.json").write_text(json.dumps(config | {"classes": ["a", "b"]}))
     refuse(tmp_path, "best.pt: No such file")
     (tmp_path / "best.pt").write_bytes((run / "best.pt").read_bytes())

@@ -83,10 +83,11 @@ def test_evaluate_repeats_the_metrics_of_the_run(two_epochs: Path) -> None:
     assert sum(int(line[1]) for line in classes) == 40
 
 
-def test_other_strides_are_the_runs_from_then_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--variant", "tiny", "--strides", "1,1,2,2,1,1,2,1", "--augment", "crop", "--optimizer", "sgd"]
-    # Enough of them that the classes' scores differ.
-    train(tmp_path / "run", *options, "--epochs", "8", "--schedule", "cosine", "--warmup-epochs", "0", "--lr", "0.1")
+def test_other_strides_and_crops_are_the_runs_from_then_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--variant", "tiny", "--strides", "1,1,2,2,1,1,2,1", "--augment", "crop", "--crop-pct", "1"]
+    schedule = ["--optimizer", "sgd", "--lr", "0.1", "--schedule", "cosine", "--warmup-epochs", "0"]
+    # Enough epochs that the classes' scores differ.
+    train(tmp_path / "run", *options, *schedule, "--epochs", "8")
     with tiny_variant():
         evaluate.main([str(tmp_path / "run"), "--checkpoint", "latest"])
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
@@ -115,6 +116,7 @@ def test_first_line_says_what_is_trained(tmp_path: Path) -> None:
         (["--dataset", "mnist"], "choose from 'cifar10', 'digits', 'folder'"),
         (["--augment", "none"], "choose from 'reference', 'fast', 'crop'"),
         (["--strides", "1,1"], "strides: got 1,1, must be eight of 1 or 2"),
+        (["--crop-pct", "0"], "crop_pct: got 0.0, must be more than 0 and at most 1"),
         (["--drop-rate", "1"], "--drop-rate: got 1.0, must be from 0 to less than 1"),
         (["--drop-path-rate", "1"], "--drop-path-rate: got 1.0, must be from 0 to less than 1"),
         (["--backend", "tpu"], "choose from 'auto', 'eager', 'cpu'"),
