@@ -71,6 +71,18 @@ def test_peak_of_every_variant(variant: str, memory: Memory) -> None:
     assert_foreseen(config, make_planner(config, 10).uniform(memory, 8))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("variant", "batch_size"), [("compound", 128), ("b7", 16)])
+def test_a_step_at_full_size_in_8_gb(variant: str, batch_size: int) -> None:
+    """The study's own batch of its largest variant, 296 px, and the largest of its family, 592 px."""
+    config = config_of(variant=variant, resolution=224, batch_size=batch_size, amp="bf16")
+    budget = 8 * 10**9
+    plan = make_planner(config, 10).fastest(batch_size, budget)
+    peak = max(allocated(lambda: train(config, plan)))
+    assert peak <= budget
+    assert plan.peak == pytest.approx(peak, rel=ERROR)
+
+
 @pytest.mark.parametrize("segments", [False, True])
 def test_peak_of_the_fastest_assignment(segments: bool) -> None:
     """Between the least and "min" parts have to run again in segments; between "min" and "fast" policies are mixed."""
