@@ -228,7 +228,7 @@ def _markdown(results: Results) -> Iterator[str]:
             theirs = sum(row.seconds * _speedup(row, eager) for row in rows)
             yield from (
                 "",
-                f"All {len(rows)} variants, a seed each: {_duration(ours)}; in eager PyTorch, by its images/s",
+                f"All of these, a seed each: {_duration(ours)}; in eager PyTorch, by its images/s",
             )
             yield f"at the better precision, {_duration(theirs)}: {theirs / ours:.2f} times as long."
 
