@@ -642,7 +642,7 @@ def test_a_missing_image_is_named(tmp_path: Path) -> None:
 
 def test_folder_to_tensor_is_pillows_resize_and_crop(folder: Path) -> None:
     split = load_dataset("folder", folder).train
-    tensor = split.to_tensor(16)
+    tensor = split.to_tensor(18)
     assert tensor.images.shape == (6, 3, 18, 18)
     assert torch.equal(tensor.labels, split.labels)
     for i in range(len(split)):
