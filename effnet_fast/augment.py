@@ -130,11 +130,11 @@ def val_loader(
     Other Args, and Raises: as `train_loader`.
     """
     _check_arguments(split, augment, size, batch_size, num_workers, crop_pct)
-    side = source_side(size, crop_pct)
     fetch: Callable[[_Job], Batch]
     if augment != "reference" or isinstance(split, TensorSplit):
         num_workers = 0
-        fetch = _TensorValidation(split.to_tensor(side), size, side, torch.device(device))
+        tensors = split.to_tensor(source_side(size, crop_pct))
+        fetch = _TensorValidation(tensors, size, crop_pct, torch.device(device))
     else:
         fetch = _FileValidation(split, size, crop_pct)
     return Loader(fetch, len(split), batch_size, num_workers=num_workers, device=torch.device(device), shard=shard)
@@ -291,8 +291,7 @@ def validation_images(images: Iterable[Tensor], size: int, crop_pct: float) -> T
 
     crop_pct: as in `val_loader`.
     """
-    side = source_side(size, crop_pct)
-    cropped = torch.stack([_center(image, size, side) for image in images])
+    cropped = torch.stack([_center(image, size, crop_pct) for image in images])
     return _normalize(cropped.permute(0, 2, 3, 1))
 
 
@@ -387,15 +386,15 @@ class _FileValidation:
 
 
 class _TensorValidation:
-    def __init__(self, split: TensorSplit, size: int, side: int, device: torch.device) -> None:
+    def __init__(self, split: TensorSplit, size: int, crop_pct: float, device: torch.device) -> None:
         self.images = split.images.to(device)
         self.labels = split.labels.to(device)
         self.size = size
-        self.side = side
+        self.crop_pct = crop_pct
 
     def __call__(self, job: _Job) -> Batch:
         chosen = slice(job.indices[0], job.indices[-1] + 1)
-        cropped = _center(self.images[chosen], self.size, self.side)
+        cropped = _center(self.images[chosen], self.size, self.crop_pct)
         return _normalize(cropped.permute(0, 2, 3, 1)), self.labels[chosen]
 
 
@@ -441,8 +440,8 @@ class _FastTraining:
         return batch, self.labels[chosen]
 
 
-def _center(images: Tensor, size: int, side: int) -> Tensor:
-    return F.center_crop(resize_square(images, side), [size, size])
+def _center(images: Tensor, size: int, crop_pct: float) -> Tensor:
+    return F.center_crop(resize_square(images, source_side(size, crop_pct)), [size, size])
 
 
 def _normalize(pixels: Tensor) -> Tensor:
