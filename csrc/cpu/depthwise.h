@@ -153,6 +153,7 @@ template <class T, int K, int S, class OnRow>
 inline void depthwise_forward(const T* x, const Shape& s, const Window& win, const float* weight,
                               const InputAffine& affine, const DepthwiseTasks& tasks, const OnRow& on_row) {
   constexpr int kRows = K <= 3 ? 4 : 8;
+  constexpr int64_t kTogether = (kRows - K) / S + 1;  // output rows that the ring holds all inputs of, as in backward
   const int64_t padded = std::max((win.out_w - 1) * S + K, s.w + win.pad_w);
   const int64_t row_floats = padded * kLanes, vector_floats = kRows * row_floats;
   tasks.run([&](int64_t group, int64_t first, int64_t count) {
@@ -161,22 +162,24 @@ inline void depthwise_forward(const T* x, const Shape& s, const Window& win, con
     for (int64_t n = tasks.group_begin(group); n < tasks.group_begin(group + 1); ++n) {
       const T* image = x + n * s.pixels() * s.c;
       int64_t filled = 0;
-      for (int64_t oh = 0; oh < win.out_h; ++oh) {
-        const int64_t top = oh * S - win.pad_h;
-        for (; filled < std::min(s.h, top + K); ++filled)
+      for (int64_t top = 0; top < win.out_h; top += kTogether) {
+        const int64_t bottom = std::min(top + kTogether, win.out_h);
+        for (; filled < std::min(s.h, (bottom - 1) * S - win.pad_h + K); ++filled)
           fill_ring_row(image + filled * s.w * s.c, s.w, s.c, first, count, affine,
                         ring + filled % kRows * row_floats + win.pad_w * kLanes, vector_floats);
         for (int64_t v = 0; v < count; ++v)
           with_lanes(first + v, s.c, [&](auto lanes) {
-            const float* rows[K];
-            for (int kh = 0; kh < K; ++kh) {
-              const int64_t h = top + kh;
-              rows[kh] = h < 0 || h >= s.h ? nullptr : ring + v * vector_floats + h % kRows * row_floats;
+            for (int64_t oh = top; oh < bottom; ++oh) {
+              const float* rows[K];
+              for (int kh = 0; kh < K; ++kh) {
+                const int64_t h = oh * S - win.pad_h + kh;
+                rows[kh] = h < 0 || h >= s.h ? nullptr : ring + v * vector_floats + h % kRows * row_floats;
+              }
+              auto sink = on_row(group, n, (first + v) * kLanes, lanes, oh);
+              do
+                dw_row<K, K, S>(rows, weight + (first + v) * K * K * kLanes, K * kLanes, win.out_w, sink);
+              while (!sink.finish());
             }
-            auto sink = on_row(group, n, (first + v) * kLanes, lanes, oh);
-            do
-              dw_row<K, K, S>(rows, weight + (first + v) * K * K * kLanes, K * kLanes, win.out_w, sink);
-            while (!sink.finish());
           });
       }
     }
