@@ -1,6 +1,6 @@
 // Depthwise convolution, backward: one sweep over the input's rows gives the activation's gradient, the weight's
 // gradient and the sums of the input's BatchNorm. The gradient of the convolution's output is formed on load from
-// (grad, y) when a BatchNorm + SiLU (+ gate) follows, and kept in a ring of fp32 rows as in the forward pass.
+// (grad, y) when a BatchNorm + SiLU (+ gate) follows, and kept in a ring of rows of words as in the forward pass.
 #pragma once
 
 #include "depthwise.h"
@@ -10,18 +10,16 @@ namespace effnet_fast {
 
 // Writes one row of the output's gradient for the channels from c on into a row of the ring.
 template <class T, class Lanes>
-inline void fill_grad_row(const T* grad, const T* y, int64_t width, int64_t channels, int64_t n, int64_t c, Lanes lanes,
-                          const OutputGrad& op, float* to) {
-  if (!op.scale) {
-    for (int64_t i = 0; i < width; ++i) store(to + i * kLanes, load(grad + i * channels, lanes));
-    return;
-  }
+inline void fill_grad_row(const T* grad, const T* y, int64_t width, int64_t ahead, int64_t channels, int64_t n, int64_t c,
+                          Lanes lanes, const OutputGrad& op, float* to) {
+  using W = Words<T>;
+  if (!op.scale) return write_columns<W>(to, width, [&](int64_t i) { return load(grad + i * channels, lanes); });
   const auto output_grad = op.of<T>(n, channels, c, lanes);
-  for (int64_t i = 0; i < width; ++i) {
-    prefetch(grad + (i + width) * channels);
-    prefetch(y + (i + width) * channels);
-    store(to + i * kLanes, output_grad(load(grad + i * channels, lanes), load(y + i * channels, lanes)));
-  }
+  write_columns<W>(to, width, [&](int64_t i) {
+    prefetch(grad + (i + ahead) * channels);
+    prefetch(y + (i + ahead) * channels);
+    return output_grad(load(grad + i * channels, lanes), load(y + i * channels, lanes));
+  });
 }
 
 // The BatchNorm + SiLU between the input x and the convolution, or nulls.
@@ -34,51 +32,65 @@ struct InputRow {
   float *activated, *slope, *normalized, *grad;
 };
 
+// Words of a kernel row in `pack_reversed`.
+template <class W, int K, int S>
+constexpr int reversed_row_words() {
+  return S == 1 ? words_of<W>(K) : words_of<W>((K + 1) / 2) + words_of<W>(K / 2);
+}
+
 // Gradients of the activated input, for the input columns of phase PW (of S) of one row. Input column iw meets the
 // kernel's columns PW, PW + S, ... , and so the output columns last, last - 1, ... with last = (iw + pad_w) / S: a
 // convolution of `dy` with the taps reversed. dy[j]: the row of output gradients under kernel row PH + S * j, pointing at
-// column 0, or null. `reversed`: the weights with the order of each kernel row's columns reversed, phase after phase.
-template <int K, int S, int PH, int PW>
+// column 0, or null. `reversed`: the weights' words with the order of each kernel row's columns reversed, phase after phase.
+template <class W, int K, int S, int PH, int PW>
 inline void input_grad_columns(int64_t width, int64_t pad_w, const float* const* dy, const float* reversed, float* out) {
   constexpr int kRows = (K - PH + S - 1) / S, kTaps = (K - PW + S - 1) / S;
-  constexpr int kSkipped = PW == 0 ? 0 : (K + S - 1) / S;  // taps of the phase before this one in a kernel row
-  const int64_t iw = ((PW - pad_w) % S + S) % S;           // first column of the phase
+  constexpr int kSkipped = PW == 0 ? 0 : words_of<W>((K + S - 1) / S);  // of the phase before this one in a kernel row
+  constexpr int kRowWords = reversed_row_words<W, K, S>();
+  const int64_t iw = ((PW - pad_w) % S + S) % S;  // first column of the phase
   if (iw >= width) return;
   const int64_t last = (iw + pad_w) / S;
   const float* rows[kRows];
   for (int j = 0; j < kRows; ++j) rows[j] = dy[j] ? dy[j] + (last - kTaps + 1) * kLanes : nullptr;
   const auto sink = [&](int64_t i, Vec da) { store(out + (iw + i * S) * kLanes, da); };
-  dw_row<kRows, kTaps, 1>(rows, reversed + (PH * K + kSkipped) * kLanes, S * K * kLanes, (width - iw + S - 1) / S, sink);
+  dw_row<W, kRows, kTaps, 1>(rows, reversed + (PH * kRowWords + kSkipped) * kLanes, S * kRowWords * kLanes,
+                             (width - iw + S - 1) / S, sink);
 }
 
 // Adds one input row's products to the weight's gradient, for `Rows` kernel rows from PH + S * first on: input column iw
-// meets the output columns as above.
-template <int K, int S, int PH, int Rows>
+// meets the output columns as above. A word of the input is a column and the next of its phase, which meets the next output
+// column.
+template <class W, int K, int S, int PH, int Rows>
 inline void weight_grad_rows(int64_t width, int64_t pad_w, const float* activated, const float* const* dy, int first,
                              float* weight_grad) {
   Vec acc[Rows * K] = {};
-  const auto column = [&]<int PW>(int64_t iw) {
-    const Vec a = load(activated + iw * kLanes);
-    const int64_t last = (iw + pad_w) / S;
+  const auto word = [&]<int PW>(int64_t iw) {
+    if (iw >= width) return;
+    const int64_t next = iw + S, last = (iw + pad_w) / S;
+    const Vec a = W::pair(load(activated + iw * kLanes), next < width ? load(activated + next * kLanes) : Vec{});
 #pragma GCC unroll 8
     for (int j = 0; j < Rows; ++j) {
       const float* at = dy[first + j] + last * kLanes;
       asm("" : "+r"(at));  // as in dw_columns
 #pragma GCC unroll 8
-      for (int i = 0; PW + S * i < K; ++i) acc[j * K + PW + S * i] += load(at - i * kLanes) * a;
+      for (int i = 0; PW + S * i < K; ++i) {
+        Vec& sum = acc[j * K + PW + S * i];
+        sum = W::multiply_add(a, load(at - i * kLanes), sum);
+      }
     }
   };
-  int64_t iw = 0;
-  if constexpr (S == 1) {
-    for (; iw < width; ++iw) column.template operator()<0>(iw);
-  } else {
-    if (pad_w % 2 == 1 && iw < width) column.template operator()<1>(iw++);
-    for (; iw + 1 < width; iw += 2) {
-      column.template operator()<0>(iw);
-      column.template operator()<1>(iw + 1);
+  const auto words = [&]<int... PW>() {
+    for (int64_t iw = 0; iw < width; iw += S * W::kDepth) {
+      int64_t column = iw;
+      (word.template operator()<PW>(column++), ...);
     }
-    if (iw < width) column.template operator()<0>(iw);
-  }
+  };
+  if constexpr (S == 1)
+    words.template operator()<0>();
+  else if (pad_w % 2 == 0)
+    words.template operator()<0, 1>();
+  else
+    words.template operator()<1, 0>();
 #pragma GCC unroll 8
   for (int j = 0; j < Rows; ++j)
 #pragma GCC unroll 8
@@ -88,31 +100,31 @@ inline void weight_grad_rows(int64_t width, int64_t pad_w, const float* activate
     }
 }
 
-template <int K, int S, int PH>
+template <class W, int K, int S, int PH>
 inline void weight_grad_row(int64_t width, int64_t pad_w, const float* activated, const float* const* dy,
                             float* weight_grad) {
   // as many kernel rows at once as the register file holds the sums of
   constexpr int kRows = (K - PH + S - 1) / S, kRegisters = kLanes == 16 ? 28 : 14;
   constexpr int kTogether = std::min(kRows, std::max(1, kRegisters / K)), kRest = kRows % kTogether;
   for (int first = 0; first + kTogether <= kRows; first += kTogether)
-    weight_grad_rows<K, S, PH, kTogether>(width, pad_w, activated, dy, first, weight_grad);
-  if constexpr (kRest > 0) weight_grad_rows<K, S, PH, kRest>(width, pad_w, activated, dy, kRows - kRest, weight_grad);
+    weight_grad_rows<W, K, S, PH, kTogether>(width, pad_w, activated, dy, first, weight_grad);
+  if constexpr (kRest > 0) weight_grad_rows<W, K, S, PH, kRest>(width, pad_w, activated, dy, kRows - kRest, weight_grad);
 }
 
 // Everything that the gradients `dy` bring to one input row in kernel rows PH, PH + S, ...
-template <int K, int S, int PH>
+template <class W, int K, int S, int PH>
 inline void backward_row(int64_t width, int64_t pad_w, const InputRow& row, const float* const* dy, const float* zeros,
                          const float* reversed, float* weight_grad) {
-  input_grad_columns<K, S, PH, 0>(width, pad_w, dy, reversed, row.grad);
-  if constexpr (S == 2) input_grad_columns<K, S, PH, 1>(width, pad_w, dy, reversed, row.grad);
+  input_grad_columns<W, K, S, PH, 0>(width, pad_w, dy, reversed, row.grad);
+  if constexpr (S == 2) input_grad_columns<W, K, S, PH, 1>(width, pad_w, dy, reversed, row.grad);
   const float* present[K];
   for (int j = 0; j < K; ++j) present[j] = dy[j] ? dy[j] : zeros;
-  weight_grad_row<K, S, PH>(width, pad_w, row.activated, present, weight_grad);
+  weight_grad_row<W, K, S, PH>(width, pad_w, row.activated, present, weight_grad);
 }
 
 template <class T, class Lanes>
-inline void load_input_row(const T* x, int64_t width, int64_t channels, int64_t c, Lanes lanes, const InputNorm& norm,
-                           const InputRow& row) {
+inline void load_input_row(const T* x, int64_t width, int64_t ahead, int64_t channels, int64_t c, Lanes lanes,
+                           const InputNorm& norm, const InputRow& row) {
   if (!norm.scale) {
     for (int64_t i = 0; i < width; ++i) store(row.activated + i * kLanes, load(x + i * channels, lanes));
     return;
@@ -120,7 +132,7 @@ inline void load_input_row(const T* x, int64_t width, int64_t channels, int64_t 
   const Vec scale = load(norm.scale + c, lanes), shift = load(norm.shift + c, lanes);
   const Vec mean = load(norm.mean + c, lanes), rstd = load(norm.rstd + c, lanes);
   for (int64_t i = 0; i < width; ++i) {
-    prefetch(x + (i + width) * channels);
+    prefetch(x + (i + ahead) * channels);
     const Vec value = load(x + i * channels, lanes), u = value * scale + shift, s = sigmoid<T>(u), z = u * s;
     store(row.activated + i * kLanes, z);
     store(row.slope + i * kLanes, silu_slope(s, z));
@@ -130,13 +142,13 @@ inline void load_input_row(const T* x, int64_t width, int64_t channels, int64_t 
 
 // Writes a row of gradients in storage precision; sums them, as rounded, and their products with the normalized input.
 template <class T, class Lanes>
-inline void store_grad_row(const InputRow& row, int64_t width, int64_t channels, Lanes lanes, bool normed, T* out,
-                           float* sums) {
+inline void store_grad_row(const InputRow& row, int64_t width, int64_t ahead, int64_t channels, Lanes lanes, bool normed,
+                           T* out, float* sums) {
   Vec sum = {}, product = {};
   for (int64_t i = 0; i < width; ++i) {
     Vec g = load(row.grad + i * kLanes);
     if (normed) g *= load(row.slope + i * kLanes);
-    prefetch_to_write(out + (i + width) * channels);
+    prefetch_to_write(out + (i + ahead) * channels);
     store(out + i * channels, g, lanes);
     if (normed) {
       g = rounded<T>(g);
@@ -148,30 +160,36 @@ inline void store_grad_row(const InputRow& row, int64_t width, int64_t channels,
   store(sums + kLanes, load(sums + kLanes) + product);
 }
 
-// Packed weights with each kernel row's columns in the order that `input_grad_columns` reads: the columns of phase 0 from
-// last to first, then those of phase 1.
-inline std::vector<float> reverse_columns(const std::vector<float>& packed, const Window& win) {
-  std::vector<float> reversed(packed.size());
+// The window's weights as words, with each kernel row's columns in the order that `input_grad_columns` reads: those of phase
+// 0 from last to first, then those of phase 1.
+inline std::vector<float> pack_reversed(const Tensor& weight, const Shape& s, const Window& win, const Tensor& x) {
+  const std::vector<float> taps = order_taps(weight, s, win);
+  std::vector<float> reversed(taps.size()), words;
   std::vector<int64_t> order;
   for (int64_t phase = 0; phase < win.stride; ++phase)
     for (int64_t kw = win.kernel - 1; kw >= 0; --kw)
       if (kw % win.stride == phase) order.push_back(kw);
-  for (size_t row = 0; row < packed.size(); row += win.kernel * kLanes)
+  for (size_t row = 0; row < taps.size(); row += win.kernel * kLanes)
     for (int64_t i = 0; i < win.kernel; ++i)
-      std::memcpy(&reversed[row + i * kLanes], &packed[row + order[i] * kLanes], kLanes * sizeof(float));
-  return reversed;
+      std::memcpy(&reversed[row + i * kLanes], &taps[row + order[i] * kLanes], kLanes * sizeof(float));
+  dispatch(x, "x", [&](auto* type) {
+    words = pack_taps<Words<std::remove_pointer_t<decltype(type)>>>(reversed, win.kernel, win.stride);
+  });
+  return words;
 }
 
 template <class T, int K, int S>
 inline void depthwise_backward(const T* grad, const T* y, const T* x, const Shape& s, const Window& win,
                                const float* reversed, const OutputGrad& output_grad, const InputNorm& norm,
                                const DepthwiseTasks& tasks, T* dx, float* weight_grads, float* sums) {
+  using W = Words<T>;
   constexpr int kRows = K <= 3 ? 4 : 8;
   // Input rows that are done for a vector of channels before the next vector: those that the ring holds all gradients of.
   // They then come from the second-level cache once, not once for each of them (Zen 5, 5x5 at 14 px, cycles a vector: 110
   // to 82).
   constexpr int64_t kTogether = S == 1 ? kRows - K + 1 : 2 * (kRows - (K + 1) / 2);
   constexpr int64_t kMargin = K;  // zero columns on either side
+  const int64_t ahead = kTogether * s.w;
   const int64_t row_floats = (win.out_w + 2 * kMargin) * kLanes, vector_floats = kRows * row_floats;
   tasks.run([&](int64_t group, int64_t first, int64_t count) {
     float* ring = scratch(count * vector_floats + row_floats + 4 * s.w * kLanes);
@@ -191,17 +209,19 @@ inline void depthwise_backward(const T* grad, const T* y, const T* x, const Shap
           for (int64_t v = 0; v < count; ++v)
             with_lanes(first + v, s.c, [&](auto lanes) {
               const int64_t c = (first + v) * kLanes;
-              fill_grad_row(grad + at + c, y + at + c, win.out_w, s.c, n, c, lanes, output_grad, to + v * vector_floats);
+              fill_grad_row(grad + at + c, y + at + c, win.out_w, kTogether / S * win.out_w, s.c, n, c, lanes, output_grad,
+                            to + v * vector_floats);
             });
         }
         for (int64_t v = 0; v < count; ++v)
           with_lanes(first + v, s.c, [&](auto lanes) {
             const int64_t c = (first + v) * kLanes;
-            const float *w = reversed + (first + v) * K * K * kLanes, *none = zeros + kMargin * kLanes;
+            const float* w = reversed + (first + v) * K * reversed_row_words<W, K, S>() * kLanes;
+            const float* none = zeros + kMargin * kLanes;
             float* weight_grad = group_weight_grad + v * K * K * kLanes;
             for (int64_t h = top; h < bottom; ++h) {
               const int64_t at = (n * s.h + h) * s.w * s.c + c, last = (h + win.pad_h) / S;
-              load_input_row(x + at, s.w, s.c, c, lanes, norm, row);
+              load_input_row(x + at, s.w, ahead, s.c, c, lanes, norm, row);
               const float* dy[K];
               for (int j = 0; j < K; ++j) {
                 const int64_t oh = last - j;
@@ -209,10 +229,10 @@ inline void depthwise_backward(const T* grad, const T* y, const T* x, const Shap
                 dy[j] = oh < 0 || oh >= win.out_h ? nullptr : from;
               }
               if ((h + win.pad_h) % S == 0)
-                backward_row<K, S, 0>(s.w, win.pad_w, row, dy, none, w, weight_grad);
+                backward_row<W, K, S, 0>(s.w, win.pad_w, row, dy, none, w, weight_grad);
               else
-                backward_row<K, S, S - 1>(s.w, win.pad_w, row, dy, none, w, weight_grad);
-              store_grad_row(row, s.w, s.c, lanes, norm.scale != nullptr, dx + at, group_sums + v * 2 * kLanes);
+                backward_row<W, K, S, S - 1>(s.w, win.pad_w, row, dy, none, w, weight_grad);
+              store_grad_row(row, s.w, ahead, s.c, lanes, norm.scale != nullptr, dx + at, group_sums + v * 2 * kLanes);
             }
           });
       }
@@ -241,7 +261,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_dwconv(
   const int64_t taps = win.kernel * win.kernel, all = weight.size(2) * weight.size(3);
   const std::vector<int64_t> places = taps_of_weight(weight, win);
   const DepthwiseTasks tasks(s, forward_bytes_per_vector({s.n, s.c, win.out_h, win.out_w}, win));
-  const std::vector<float> reversed = reverse_columns(pack_depthwise(weight, s, win), win);
+  const std::vector<float> reversed = pack_reversed(weight, s, win, x);
   std::vector<float> weight_grads(tasks.groups * s.vectors() * taps * kLanes);
   std::vector<float> sums(tasks.groups * s.vectors() * 2 * kLanes);
   Tensor dx = empty_nhwc(s, x.scalar_type()), dweight = empty_floats(weight.sizes());

@@ -1,5 +1,5 @@
 // Inference: the expand product and the depthwise convolution in one sweep over an image's rows. The expanded tensor, six
-// times as large as its input, only exists as a ring of fp32 rows in the second-level cache. Zen 5, two cores, B0 at 224 px,
+// times as large as its input, only exists as a ring of rows in the second-level cache. Zen 5, two cores, B0 at 224 px,
 // batch 16: 36.5 to 29.5 ms in bf16, 59 to 48 ms in fp32; image by image, but with it stored, 33.2 and 53.5 ms.
 #pragma once
 
@@ -18,7 +18,9 @@ inline void expand_depthwise_image(const T* x, const Shape& s, const Window& win
   using W = Words<T>;
   const int64_t words = s.c / W::kDepth, row_words = padded_row(s.c), vectors = (channels + kLanes - 1) / kLanes;
   const int64_t at_once = std::min(s.h, (kExpandedTogether + s.w - 1) / s.w), slots = K - 1 + at_once;
-  const int64_t row_floats = std::max((win.out_w - 1) * S + K, s.w + win.pad_w) * kLanes;
+  constexpr int64_t kernel_row = words_of<W>(K) * kLanes;
+  const int64_t left = ring_margin(win);
+  const int64_t row_floats = (left - win.pad_w + std::max((win.out_w - 1) * S + K, s.w + win.pad_w)) * kLanes;
   float* ring = scratch(vectors * slots * row_floats + at_once * s.w * (row_words + kPanelColumns));
   float* rows = ring + vectors * slots * row_floats;
   float* sums = rows + at_once * s.w * row_words;
@@ -37,8 +39,9 @@ inline void expand_depthwise_image(const T* x, const Shape& s, const Window& win
           const Vec shift = load(expand_shift + vector * kLanes, lanes);
           const float* from = sums + v * kLanes;
           for (int64_t h = begin; h < end; ++h) {
-            float* to = ring + (vector * slots + h % slots) * row_floats + win.pad_w * kLanes;
-            for (int64_t i = 0; i < s.w; ++i, from += V * kLanes) store(to + i * kLanes, silu<T>(load(from) + shift));
+            float* to = ring + (vector * slots + h % slots) * row_floats + left * kLanes;
+            write_columns<W>(to, s.w, [&](int64_t i) { return silu<T>(load(from + i * V * kLanes) + shift); });
+            from += s.w * V * kLanes;
           }
         });
     });
@@ -58,11 +61,12 @@ inline void expand_depthwise_image(const T* x, const Shape& s, const Window& win
         const float* under[K];
         for (int kh = 0; kh < K; ++kh) {
           const int64_t h = top + kh;
-          under[kh] = h < 0 || h >= s.h ? nullptr : ring + (v * slots + h % slots) * row_floats;
+          const float* row = ring + (v * slots + h % slots) * row_floats + (left - win.pad_w) * kLanes;
+          under[kh] = h < 0 || h >= s.h ? nullptr : row;
         }
         AffineSink<T, decltype(lanes)> sink{z + oh * win.out_w * channels + c, channels, lanes, pooled + c, win.out_w,
                                             broadcast(1.f), load(depthwise_shift + c, lanes), load(pooled + c, lanes)};
-        dw_row<K, K, S>(under, weight + v * K * K * kLanes, K * kLanes, win.out_w, sink);
+        dw_row<W, K, K, S>(under, weight + v * K * kernel_row, kernel_row, win.out_w, sink);
         sink.finish();
       });
   }

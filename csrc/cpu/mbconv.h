@@ -144,7 +144,7 @@ Tensor block_inference(const Tensor& x, const OptionalTensor& expand, const Opti
     return out;
   }
   if (expand) check_panels(*expand, x, expanded);
-  const std::vector<float> weight = pack_depthwise(w_depthwise, image_shape, win);
+  const std::vector<float> weight = pack_depthwise(w_depthwise, image_shape, win, x);
   for_each_task(s.n, [&](int64_t n) {
     Tensor batch = x;
     const Tensor image = torch::stable::narrow(batch, 0, n, 1), into = torch::stable::narrow(out, 0, n, 1);
