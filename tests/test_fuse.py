@@ -19,7 +19,7 @@ from tests.test_interop import randomize_batch_norm
 # folded weights are rounded (2^-9) some five times in a block.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 # Whole models: B0 has 16 blocks, whose rounding errors add up as in any float32 model (2e-5 for bn_act and mbconv too).
-MODEL_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
+MODEL_TOLERANCE = 1e-4
 
 
 def evaluated_model(variant: str | Scaling = "b0", **arguments: object) -> EfficientNet:
@@ -83,17 +83,17 @@ def test_whole_model_in_float32(model: EfficientNet, size: tuple[int, int], batc
     images = torch.randn(batch, 3, *size)
     expected = copy.deepcopy(model).double()(images.double())
     fused = copy.deepcopy(model).fuse()
-    assert relative_error(fused(images), expected) < MODEL_TOLERANCE[torch.float32]
+    assert relative_error(fused(images), expected) < MODEL_TOLERANCE
     assert relative_error(fused(images.to(memory_format=torch.channels_last)), expected) < 1e-4
     with use_backend("eager"):
-        assert relative_error(fused(images), expected) < MODEL_TOLERANCE[torch.float32]
+        assert relative_error(fused(images), expected) < MODEL_TOLERANCE
 
 
 @pytest.mark.parametrize("how", ["autocast", "model.to, then fuse", "fuse, then model.to"])
 @torch.no_grad()
 def test_whole_model_in_bfloat16(model: EfficientNet, how: str) -> None:
-    # Some images are harder than others, also for plain PyTorch in bfloat16.
-    images = torch.randn(2, 3, 64, 52, generator=torch.Generator().manual_seed(0))
+    # Some images are far harder than others, also for plain PyTorch in bfloat16: hence the median of many.
+    images = torch.randn(24, 3, 64, 52, generator=torch.Generator().manual_seed(0))
     expected = copy.deepcopy(model).double()(images.double())
     fused = copy.deepcopy(model)
     if how == "autocast":
@@ -106,11 +106,11 @@ def test_whole_model_in_bfloat16(model: EfficientNet, how: str) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
             logits = fused(images)
         assert logits.dtype == torch.bfloat16
-        return relative_error(logits, expected)
+        return ((logits.double() - expected).norm(dim=1) / expected.norm(dim=1)).median().item()
 
     with use_backend("eager"):
         of_twin = error()
-    assert error() < min(MODEL_TOLERANCE[torch.bfloat16], 1.5 * of_twin)  # which rounds as often, other sums
+    assert error() < 1.3 * of_twin  # which rounds more often: the ratio is 0.6 to 1.05
 
 
 @pytest.fixture
@@ -218,7 +218,7 @@ def test_gradients_of_the_images(small: EfficientNet) -> None:
         leaf = images.to(model.classifier.weight.dtype).requires_grad_()
         model(leaf)[:, 0].sum().backward()
         gradients.append(leaf.grad)
-    assert relative_error(gradients[1], gradients[0]) < MODEL_TOLERANCE[torch.float32]
+    assert relative_error(gradients[1], gradients[0]) < MODEL_TOLERANCE
 
 
 @pytest.mark.parametrize("backend", ["auto", "eager"])

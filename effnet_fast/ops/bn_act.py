@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from effnet_fast.ops.activations import as_activation, channels_last
 from effnet_fast.ops.fused_op import fused_op
-from effnet_fast.ops.normalization import BatchNorm, batch_norm_grad, batch_stats, values_per_channel
+from effnet_fast.ops.normalization import BatchNorm, batch_norm_grad, batch_stats, update_running, values_per_channel
 from effnet_fast.passes.algebra import Norm
 from effnet_fast.passes.backend import passes_for, resolve
 
@@ -41,7 +41,7 @@ def bn_act(
         scale, shift, _, _ = bn.running()
         return passes_for(y).apply(y, scale, shift, silu, branch_gate(branch_scale, y), residual)
     out, stats = _bn_act(y, bn.weight, bn.bias, bn.eps, silu, residual, branch_scale, bn.group)
-    bn.update(stats)
+    update_running([bn], [stats])
     return out
 
 

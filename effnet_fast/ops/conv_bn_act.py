@@ -10,7 +10,7 @@ from effnet_fast.ops.activations import as_activation, channels_last
 from effnet_fast.ops.bn_act import bn_act, bn_act_eager
 from effnet_fast.ops.fused_op import fused_op
 from effnet_fast.ops.memory_policy import Memory, check_memory
-from effnet_fast.ops.normalization import BatchNorm, batch_norm_grad, batch_stats, values_per_channel
+from effnet_fast.ops.normalization import BatchNorm, batch_norm_grad, batch_stats, update_running, values_per_channel
 from effnet_fast.passes.algebra import Norm
 from effnet_fast.passes.backend import passes_for, resolve
 from effnet_fast.passes.products import patches_grad, window_padding
@@ -51,7 +51,7 @@ def conv_bn_act(
         source, matrix = as_product(passes, x, weight, stride, same)
         return passes.pointwise_affine(source, matrix, None, *bn.running()[:2], silu, None)
     out, _, stats = _conv_bn_act(x, weight, bn.weight, bn.bias, bn.eps, stride, same, silu, bn.group, memory)
-    bn.update(stats)
+    update_running([bn], [stats])
     return out
 
 

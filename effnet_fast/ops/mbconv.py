@@ -16,7 +16,7 @@ from effnet_fast.ops.conv_bn_act import (
 )
 from effnet_fast.ops.fused_op import fused_op
 from effnet_fast.ops.memory_policy import Memory, check_memory
-from effnet_fast.ops.normalization import BatchNorm, batch_norm_grad, batch_stats, values_per_channel
+from effnet_fast.ops.normalization import BatchNorm, batch_norm_grad, batch_stats, update_running, values_per_channel
 from effnet_fast.ops.squeeze_excite import SqueezeExcite
 from effnet_fast.passes.algebra import Norm
 from effnet_fast.passes.backend import passes_for, resolve
@@ -111,10 +111,7 @@ def mbconv(
         memory,
         bn2.group,
     )
-    if bn1:
-        bn1.update(stats1)
-    bn2.update(stats2)
-    bn3.update(stats3)
+    update_running(norms, [stats2, stats3] if bn1 is None else [stats1, stats2, stats3])
     return out
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from effnet_fast.ops import section as sections
 from effnet_fast.ops.activations import as_activation, channels_last
 from effnet_fast.ops.fused_op import fused_op
-from effnet_fast.ops.normalization import BatchNorm, Norm, batch_stats, values_per_channel
+from effnet_fast.ops.normalization import BatchNorm, Norm, batch_stats, update_running, values_per_channel
 from effnet_fast.ops.squeeze_excite import SqueezeExcite, gated
 from effnet_fast.passes.backend import passes_for, resolve
 from effnet_fast.passes.reference import dwconv
@@ -115,9 +115,7 @@ def _training(
     o, _, stats1, stats2, _ = _section(
         e, *affine1, weight, bn2.weight, bn2.bias, bn2.eps, *(se or (None,) * 4), stride, same
     )
-    if bn1 is not None:
-        bn1.update(stats1)
-    bn2.update(stats2)
+    update_running([bn2] if bn1 is None else [bn1, bn2], [stats2] if bn1 is None else [stats1, stats2])
     return o
 
 

@@ -1,5 +1,6 @@
 """BatchNorm between the passes, on [C] tensors: statistics to scale and shift, sums to gradients."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -71,26 +72,31 @@ class BatchNorm(NamedTuple):
         mean = all_reduce(wide.sum((0, 2, 3)), group=group) / count
         centered = wide - mean[:, None, None]
         m2 = all_reduce(centered.square().sum((0, 2, 3)), group=group)
-        self._update(mean.detach(), m2.detach() / (count - 1).clamp(min=1))
+        _move_running([self], [mean.detach(), m2.detach() / (count - 1).clamp(min=1)])
         scale = self.weight * (m2 / count + self.eps).rsqrt()
         return (centered * scale[:, None, None] + self.bias[:, None, None]).to(y.dtype)
-
-    def update(self, stats: Tensor) -> None:
-        """Move the running statistics as torch does: towards the mean and the unbiased variance.
-
-        stats: [5, C] from `batch_stats`.
-        """
-        self._update(stats[2], stats[4])
-
-    def _update(self, mean: Tensor, unbiased_var: Tensor) -> None:
-        with torch.no_grad():
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_(unbiased_var.to(self.running_var.dtype), self.momentum)
 
     def running(self) -> Norm:
         """The norm that the running statistics make, in float32 at least."""
         floats = torch.promote_types(self.running_mean.dtype, torch.float32)
         return Norm.make(self.running_mean.to(floats), self.running_var.to(floats), self.weight, self.bias, self.eps)
+
+
+def update_running(norms: Sequence[BatchNorm], stats: Sequence[Tensor]) -> None:
+    """Move running statistics as torch does: towards the mean and the unbiased variance.
+
+    stats: [5, C] from `batch_stats`, for each of the norms.
+    """
+    _move_running(norms, [of_channels[row] for of_channels in stats for row in (2, 4)])
+
+
+@torch.no_grad()
+def _move_running(norms: Sequence[BatchNorm], towards: Sequence[Tensor]) -> None:
+    """towards: mean and unbiased variance for each of the norms."""
+    running = [t for bn in norms for t in (bn.running_mean, bn.running_var)]
+    momenta = [bn.momentum for bn in norms for _ in range(2)]
+    # one call for all of a block's, 9 us instead of 19
+    torch._foreach_lerp_(running, [t.to(r.dtype) for t, r in zip(towards, running, strict=True)], momenta)
 
 
 def batch_stats(
