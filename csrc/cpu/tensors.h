@@ -5,7 +5,14 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <new>
 #include <optional>
 #include <vector>
 
@@ -113,11 +120,24 @@ inline void for_each_task(int64_t tasks, const F& f) {
   });
 }
 
-// 64-byte aligned floats that a thread keeps from call to call, so that scratch costs no page faults.
+// Aligned floats that a thread keeps from call to call, so that scratch costs no page faults. In huge pages, as products
+// and rings walk it with large strides (Zen 5, B0, a training step: 1.6 % less at 224 px in bf16 and in fp32, 1 % at 64 px).
 inline float* scratch(size_t count) {
-  static thread_local std::vector<float> buffer;
-  if (buffer.size() < count + 16) buffer.resize(count + 16);
-  return (float*)(((uintptr_t)buffer.data() + 63) & ~(uintptr_t)63);
+  constexpr size_t kHugePage = 2 << 20;
+  static thread_local std::unique_ptr<float, decltype(&std::free)> buffer(nullptr, &std::free);
+  static thread_local size_t size = 0;
+  const size_t needed = (count * sizeof(float) / kHugePage + 1) * kHugePage;
+  if (size < needed) {
+    size = 0;
+    buffer.reset();
+    buffer.reset((float*)std::aligned_alloc(kHugePage, needed));
+    if (!buffer) throw std::bad_alloc();
+    size = needed;
+#if defined(MADV_HUGEPAGE)
+    madvise(buffer.get(), needed, MADV_HUGEPAGE);
+#endif
+  }
+  return buffer.get();
 }
 
 // Partial statistics of disjoint sets of values of one channel, combined in a fixed order in double (Chan et al. 1983).
