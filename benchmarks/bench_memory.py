@@ -4,7 +4,7 @@ A row is a variant at its own size, in bfloat16 under autocast: images a second,
 allocated at the worst moment for each image, and the largest batches that the planner fits into 8 to 80 GB. Beside it
 the eager twin, as it is and with torch.utils.checkpoint around every block, torch.compile, as it is and with a budget
 of half the activations; and of the paper's family timm, as it is and with its own checkpointing.
-One variant: ``python -m benchmarks.report --memory --only "reference b3" --output DIR``.
+All of them, or one: ``python -m benchmarks.report --memory [--only "reference b3"] --output DIR``.
 """
 
 import copy
@@ -42,6 +42,7 @@ from effnet_fast.scaling import get_family, get_variant
 
 SECONDS = 60.0
 BATCH = 4
+LARGE = 400  # pixels
 TOLERANCE = 0.2  # of the loss's norm, as in bench_model
 BUDGETS_GB = (8, 16, 24, 80)
 PAPER = [name for name in VARIANTS if name.startswith("b") and name != "baseline"]
@@ -66,8 +67,9 @@ def bytes_an_image(model: nn.Module, backend: str, size: int) -> tuple[float, fl
         kept = allocated(lambda: held.append(loss_of(trained, backend, batch)))[-1]
         return kept, max(allocated(lambda: loss_of(trained, backend, batch).backward()))
 
-    # With fewer images the worst moment is another one: when all gradients are there.
-    few, more = BATCH, BATCH + 2
+    # With fewer images the worst moment is another one, when all gradients are there; but not of large ones, of which
+    # the eager twin keeps gigabytes each.
+    few, more = (2, 3) if size > LARGE else (BATCH, BATCH + 2)
     (kept, peak), (more_kept, more_peak) = measure(few), measure(more)
     return (more_kept - kept) / (more - few), (more_peak - peak) / (more - few)
 

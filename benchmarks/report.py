@@ -3,18 +3,23 @@
 DIR gets benchmarks.json (as pytest-benchmark writes it), benchmarks.md (tables) and benchmarks.png (a bar chart of the
 whole models). It takes up to ten minutes; measure with nothing else running. torch.compile first compiles for longer
 than that; torch keeps the results on disk, so that a second run starts from there.
+
+With ``--memory``, which takes hours, variants are measured one by one, small ones first, each in a process of its own.
+Those that DIR's benchmarks.json holds already are not measured again: stop it, and go on with the same command.
 """
 
 import json
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from benchmarks import harness
 from benchmarks.harness import CONTESTANTS, OURS, TORCHVISION
 from effnet_fast.cli import ArgumentParser
 from effnet_fast.run_folder import write_atomic
@@ -30,6 +35,40 @@ def run(results: Path, names: Iterable[str], options: list[str]) -> None:
     always = ["-q", "--benchmark-quiet", f"--benchmark-json={results}", "-p", "no:cacheprovider"]
     if subprocess.run([sys.executable, "-m", "pytest", *files, *always, *options]).returncode:
         raise ValueError("a benchmark failed, see above")
+
+
+def run_memory(results: Path, options: list[str], words: str, quick: bool) -> None:
+    """Add the variants whose names hold all the words, and that it doesn't hold, to the results.
+
+    Raises ValueError if the results are of another machine; or, in the end, if variants failed.
+    """
+    from benchmarks.bench_memory import SHAPES
+
+    measured = json.loads(results.read_text()) if results.exists() else None
+    if measured is not None and measured["machine_info"]["effnet_fast"] != harness.machine():
+        raise ValueError(f"--output: {results} is of another machine ({machine(measured)}), give another folder")
+    part = results.with_suffix(".part")
+    failed = []
+    for shape in SHAPES[-1:] if quick else reversed(SHAPES):
+        name = " ".join(shape)
+        test = f"test_memory[{name}]"
+        done = measured["benchmarks"] if measured is not None else []
+        if not all(word in name for word in words.split()) or any(row["name"] == test for row in done):
+            continue
+        try:
+            run(part, [f"{MEMORY_FILE}::{test}"], options)
+        except ValueError:
+            failed.append(name)
+            continue
+        measured = json.loads(part.read_text()) | {"benchmarks": done + json.loads(part.read_text())["benchmarks"]}
+        write_atomic(results, partial(_write_json, measured))
+    part.unlink(missing_ok=True)
+    if failed:
+        raise ValueError(f"{', '.join(failed)} failed, see above")
+
+
+def _write_json(results: dict[str, Any], file: BinaryIO) -> None:
+    file.write(json.dumps(results, indent=1).encode())
 
 
 def tables(results: dict[str, Any]) -> dict[str, list[Row]]:
@@ -191,16 +230,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="the smallest shapes, one round: checks the benchmarks")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which first compiles long")
     parser.add_argument(
-        "--memory", action="store_true", help="memory of training steps instead: hours for all variants"
+        "--memory", action="store_true", help="memory of training steps instead, of variants that DIR does not hold"
     )
     parser.add_argument("--only", help="of the benchmarks, those whose names hold these words, as b3")
     args = parser.parse_args(argv)
     args.output.mkdir(parents=True, exist_ok=True)
     options = [f"--{name.replace('_', '-')}" for name in ("quick", "no_compile") if getattr(args, name)]
-    options += selected(args.only) if args.only else []
     path = args.output / "benchmarks.json"
     try:
-        run(path, (MEMORY_FILE,) if args.memory else FILES, options)
+        if args.memory:
+            run_memory(path, options, args.only or "", args.quick)
+        else:
+            run(path, FILES, options + (selected(args.only) if args.only else []))
     except ValueError as error:
         parser.error(str(error))
     results = json.loads(path.read_text())

@@ -137,18 +137,36 @@ def test_report_in_quick_mode(tmp_path: Path) -> None:
 
 
 def test_memory_report_of_one_variant_in_quick_mode(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.report", "--memory", "--quick", "--no-compile", "--output", tmp_path]
-    done = subprocess.run(
-        [*command, "--only", "reference baseline"], capture_output=True, text=True, cwd=Path(__file__).parents[1]
-    )
+    def report() -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "benchmarks.report", "--memory", "--quick", "--no-compile"]
+        command += ["--only", "reference baseline", "--output", str(tmp_path)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+
+    done = report()
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    (benchmark,) = json.loads((tmp_path / "benchmarks.json").read_text())["benchmarks"]
+    path = tmp_path / "benchmarks.json"
+    measured = path.read_text()
+    (benchmark,) = json.loads(measured)["benchmarks"]
     row = benchmark["extra_info"]
     assert row["row"] == {"family": "reference", "variant": "baseline", "input": "224 px"}
     assert row["kept"].keys() == row["peak"].keys() == row["contestants"].keys()
     assert row["kept"][MIN] < row["kept"][LEAN] < row["kept"][OURS] < row["kept"][TWIN]
     assert row["largest batch"]["fast"]["8 GB"] < row["largest batch"]["min"]["8 GB"]
     assert (tmp_path / "benchmarks.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["benchmarks.json", "benchmarks.md", "benchmarks.png"]
+
+    text = (tmp_path / "benchmarks.md").read_text()
+    again = report()
+    assert again.returncode == 0
+    assert path.read_text() == measured  # what was there has not been measured again
+    assert text in again.stdout
+
+    path.write_text(measured.replace(processor(), "another one"))
+    elsewhere = report()
+    assert elsewhere.returncode == 2
+    assert elsewhere.stderr.splitlines()[-1].startswith(
+        f"python -m benchmarks.report: error: --output: {path} is of another machine (another one, "
+    )
 
 
 def test_wrong_options_are_one_line(tmp_path: Path) -> None:
