@@ -13,9 +13,9 @@ from effnet_fast.amp import autocast
 from effnet_fast.augment import val_loader
 from effnet_fast.cli import ArgumentParser, devices
 from effnet_fast.config import stored_options
-from effnet_fast.data import CROP_PCT, load_dataset
+from effnet_fast.data import load_dataset
 from effnet_fast.memory import keep_freed_memory
-from effnet_fast.model import STRIDES, create_model
+from effnet_fast.model import create_model
 from effnet_fast.passes.backend import use_backend
 from effnet_fast.run_folder import RunError, RunFolder
 from effnet_fast.run_model import add_run_arguments
@@ -99,14 +99,13 @@ def _report(run_path: Path, checkpoint: str, data_dir: str | None, device_name: 
         val,
         augment=config["augment"],
         size=config["input_size"],
-        crop_pct=config.get("crop_pct", CROP_PCT),
+        crop_pct=config["crop_pct"],
         batch_size=config["batch_size"],
         num_workers=config["num_workers"],
         device=device,
     )
     classes = len(data.classes)
-    strides = config.get("strides", STRIDES)
-    model = create_model(config["variant"], classes, family=config["family"], strides=strides)
+    model = create_model(config["variant"], classes, family=config["family"], strides=config["strides"])
     model.to(device).to(memory_format=torch.channels_last)
     results = {}
     for weights in ("model", "ema"):

@@ -219,7 +219,7 @@ class EfficientNet(nn.Module):
                         config["variant"],
                         classes,
                         family=config["family"],
-                        strides=config.get("strides", STRIDES),
+                        strides=config["strides"],
                         memory=memory,
                     )
                 else:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from effnet_fast.augment import validation_images
 from effnet_fast.cli import ArgumentParser
-from effnet_fast.data import CROP_PCT, IMAGE_EXTENSIONS, DataError, check_crop_pct, read_image
+from effnet_fast.data import IMAGE_EXTENSIONS, DataError, check_crop_pct, read_image
 from effnet_fast.model import EfficientNet
 from effnet_fast.run_folder import CHECKPOINTS, RunError, RunFolder
 
@@ -36,7 +36,7 @@ class RunModel(NamedTuple):
         strings = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
         if not strings or not isinstance(size, int) or size < 1:
             raise RunError(f"{path / 'config.json'}: lacks classes or input_size; give the folder of a training run")
-        crop_pct = config.get("crop_pct", CROP_PCT)
+        crop_pct = config.get("crop_pct")
         try:
             check_crop_pct(crop_pct)
         except (TypeError, ValueError):

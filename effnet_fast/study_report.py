@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from effnet_fast.doctor import processor
-from effnet_fast.model import STRIDES
 from effnet_fast.plots import plot_scaling, plot_training
 from effnet_fast.run_folder import RunError, RunFolder, read_json, write_atomic
 from effnet_fast.summary import PUBLISHED, count
@@ -69,7 +68,7 @@ def collect(output: Path) -> Results:
             config["family"],
             len(config["classes"]),
             config["resolution"],
-            tuple(config.get("strides", STRIDES)),
+            tuple(config["strides"]),
         )
         runs.append(
             {

@@ -75,7 +75,7 @@ inline std::vector<float> order_taps(const Tensor& weight, const Shape& s, const
   const std::vector<int64_t> taps = taps_of_weight(weight, win);
   const int64_t count = taps.size(), all = weight.size(2) * weight.size(3);
   std::vector<float> packed(s.vectors() * count * kLanes);
-  const FloatWeights w = as_floats(weight);
+  const FloatWeights w = as_floats(weight, "weight");
   for (int64_t c = 0; c < s.c; ++c)
     for (int64_t tap = 0; tap < count; ++tap)
       packed[(c / kLanes * count + tap) * kLanes + c % kLanes] = w.data[c * all + taps[tap]];

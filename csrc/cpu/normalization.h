@@ -11,7 +11,7 @@ Tensor batch_norm_stats(const Tensor& mean, const Tensor& m2, const Tensor& weig
                         int64_t count) {
   const int64_t channels = mean.numel();
   const float *mu = check_floats(mean, "mean", channels), *squares = check_floats(m2, "m2", channels);
-  const FloatWeights gamma = as_floats(weight), beta = as_floats(bias);
+  const FloatWeights gamma = as_floats(weight, "weight"), beta = as_floats(bias, "bias");
   STD_TORCH_CHECK(weight.numel() == channels && bias.numel() == channels, "weight: must be for ", channels, " channels");
   Tensor stats = empty_floats({5, channels});
   float* out = floats(stats);

@@ -150,7 +150,7 @@ std::tuple<Tensor, Tensor, Tensor> pointwise_stats(const Tensor& x, const Tensor
   check_pointwise(weight, s);
   const GatedInput input(scale, shift, gate, s);
   const int64_t channels = weight.size(0);
-  const FloatWeights w = as_floats(weight);
+  const FloatWeights w = as_floats(weight, "weight");
   const PixelChunks chunks(s);
   Tensor y = empty_nhwc({s.n, channels, s.h, s.w}, x.scalar_type());
   Tensor mean = empty_floats({channels}), m2 = empty_floats({channels});
@@ -243,7 +243,7 @@ Tensor pack_pointwise(const Tensor& weight, const Tensor& like) {
   const Shape s{0, weight.size(1), 1, 1};
   STD_TORCH_CHECK(s.c % 8 == 0, "weight: takes ", s.c, " channels, must be a multiple of 8");
   check_pointwise(weight, s);
-  const FloatWeights w = as_floats(weight);
+  const FloatWeights w = as_floats(weight, "weight");
   Tensor panels = empty_floats({0});
   dispatch(like, "like", [&](auto* type) {
     panels = pack_panels<Words<std::remove_pointer_t<decltype(type)>>>(w.data, s.c, weight.size(0), 1, s.c);
@@ -427,7 +427,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_pointwise(
   STD_TORCH_CHECK(!activation.scale || (activation.shift && activation.mean && activation.rstd && !residual),
                   "in_scale: needs in_shift, in_mean and in_rstd as well, and no residual");
   STD_TORCH_CHECK(input_grad || !(activation.scale || residual), "input_grad: must be true with in_scale or residual");
-  const FloatWeights w = as_floats(weight);
+  const FloatWeights w = as_floats(weight, "weight");
   const PixelChunks chunks(s);
   // each thread has a weight gradient of its own, summed up in the end
   const int64_t groups = std::clamp<int64_t>(torch::stable::get_num_threads(), 1, std::max<int64_t>(chunks.count, 1));

@@ -137,8 +137,9 @@ struct SqueezeWeights {
 
   SqueezeWeights(const Tensor& w_reduce, const Tensor& b_reduce, const Tensor& w_expand, const Tensor& b_expand,
                  int64_t channels)
-      : channels(channels), squeezed(b_reduce.numel()), reduce(as_floats(w_reduce)), reduce_bias(as_floats(b_reduce)),
-        expand(as_floats(w_expand)), expand_bias(as_floats(b_expand)) {
+      : channels(channels), squeezed(b_reduce.numel()), reduce(as_floats(w_reduce, "w_reduce")),
+        reduce_bias(as_floats(b_reduce, "b_reduce")), expand(as_floats(w_expand, "w_expand")),
+        expand_bias(as_floats(b_expand, "b_expand")) {
     STD_TORCH_CHECK(channels % 8 == 0, "w_reduce: got ", channels, " channels, must be a multiple of 8");
     STD_TORCH_CHECK(w_reduce.numel() == squeezed * channels, "w_reduce: must be [", squeezed, ", ", channels, ", 1, 1]");
     STD_TORCH_CHECK(w_expand.numel() == squeezed * channels, "w_expand: must be [", channels, ", ", squeezed, ", 1, 1]");

@@ -91,13 +91,13 @@ struct FloatWeights {
   const float* data;
 };
 
-inline FloatWeights as_floats(const Tensor& weight) {
-  check_on_cpu(weight, "weight");
+inline FloatWeights as_floats(const Tensor& weight, const char* name) {
+  check_on_cpu(weight, name);
   for (int64_t d = weight.dim() - 1, stride = 1; d >= 0; stride *= weight.size(d--))
-    STD_TORCH_CHECK(weight.size(d) <= 1 || weight.stride(d) == stride, "weight: must be contiguous");
+    STD_TORCH_CHECK(weight.size(d) <= 1 || weight.stride(d) == stride, name, ": must be contiguous");
   if (weight.scalar_type() == ScalarType::Float) return {{}, (const float*)weight.const_data_ptr()};
   std::vector<float> copy(weight.numel());
-  dispatch(weight, "weight", [&](auto* type) {
+  dispatch(weight, name, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const T* from = (const T*)weight.const_data_ptr();
     const int64_t count = weight.numel(), whole = count / kLanes * kLanes;

@@ -200,6 +200,7 @@ WRONG = [
     (lambda x, v: ("dwconv_stats", (x, torch.ones(16, 1, 3, 3), v, None, 1, False)), "shift: must be given"),
     (lambda x, v: ("batch_norm_stats", (v, v, v[:8], v, 1e-5, 4)), "weight: must be for 16 channels"),
     (lambda x, v: ("batch_norm_stats", (v, v, torch.ones(32)[::2], v, 1e-5, 4)), "weight: must be contiguous"),
+    (lambda x, v: ("batch_norm_stats", (v, v, v, torch.ones(32)[::2], 1e-5, 4)), "bias: must be contiguous"),
     (lambda x, v: ("batch_norm_grad", (torch.ones(5, 16), torch.ones(3, 2, 16), None, None, 4)), r"sums: must be \[2"),
     (lambda x, v: ("squeeze_gate", (torch.ones(2, 16), 4, torch.ones(4, 8), torch.ones(4), v, v)), "w_reduce: must be"),
 ]
