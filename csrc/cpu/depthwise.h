@@ -41,11 +41,12 @@ struct DepthwiseTasks {
 
   // bytes_per_vector: what a task keeps in cache for each vector of channels.
   DepthwiseTasks(const Shape& s, int64_t bytes_per_vector) : images(s.n), vectors(s.vectors()) {
-    constexpr int64_t kCacheBytes = 256 << 10, kMaxTasks = 64, kMinVectors = 8192;
+    constexpr int64_t kCacheBytes = 256 << 10, kMaxTasks = 64, kMinVectors = 8192, kFewTasks = 4, kFewestVectors = 1024;
     const int64_t fit = std::max<int64_t>(1, std::min(vectors, kCacheBytes / bytes_per_vector));
     blocks = (vectors + fit - 1) / fit;
     block = (vectors + blocks - 1) / std::max<int64_t>(blocks, 1);
-    const int64_t wanted = std::clamp<int64_t>(images * s.pixels() * vectors / kMinVectors, 1, kMaxTasks);
+    const int64_t total = images * s.pixels() * vectors, few = std::min(kFewTasks, total / kFewestVectors);
+    const int64_t wanted = std::clamp<int64_t>(std::max(total / kMinVectors, few), 1, kMaxTasks);
     groups = std::min(images, (wanted + blocks - 1) / std::max<int64_t>(blocks, 1));
   }
   int64_t group_begin(int64_t group) const { return images * group / groups; }
@@ -160,13 +161,74 @@ inline void dw_columns(const float* const* rows, const float* weight, int64_t ke
 template <class W, int Rows, int Taps, int S, class Sink>
 inline void dw_row(const float* const* rows, const float* weight, int64_t kernel_row, int64_t out_w, Sink& sink) {
   constexpr int kWide = kLanes == 16 ? 14 : 7;  // accumulators that fit in the register file: B0's widths are 7 * 2^i
+  constexpr int kHalves = kLanes == 16 ? 16 : 8;  // a width that better falls into eights
   int64_t ow = 0;
-  for (; ow + kWide <= out_w; ow += kWide) dw_columns<W, Rows, Taps, S, kWide>(rows, weight, kernel_row, ow, sink);
+  for (; out_w - ow >= kWide && out_w - ow != kHalves; ow += kWide)
+    dw_columns<W, Rows, Taps, S, kWide>(rows, weight, kernel_row, ow, sink);
+  for (; out_w - ow >= 8; ow += 8) dw_columns<W, Rows, Taps, S, 8>(rows, weight, kernel_row, ow, sink);
   if constexpr (kWide > 7)
-    for (; ow + 7 <= out_w; ow += 7) dw_columns<W, Rows, Taps, S, 7>(rows, weight, kernel_row, ow, sink);
-  for (; ow + 4 <= out_w; ow += 4) dw_columns<W, Rows, Taps, S, 4>(rows, weight, kernel_row, ow, sink);
+    for (; out_w - ow >= 7; ow += 7) dw_columns<W, Rows, Taps, S, 7>(rows, weight, kernel_row, ow, sink);
+  for (; out_w - ow >= 4; ow += 4) dw_columns<W, Rows, Taps, S, 4>(rows, weight, kernel_row, ow, sink);
   for (; ow < out_w; ++ow) dw_columns<W, Rows, Taps, S, 1>(rows, weight, kernel_row, ow, sink);
 }
+
+// The same for R rows and T columns at once; the pointers of row r begin at rows[r * row_pointers], none of them null.
+template <class W, int Rows, int Taps, int S, int R, int T, class Sink>
+inline void dw_tile(const float* const* rows, int64_t row_pointers, int64_t column, const float* weight,
+                    int64_t kernel_row, const Sink& sink) {
+  Vec acc[R][T] = {};
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 8
+    for (int word = 0; word < words_of<W>(Taps); ++word) {
+      const Vec w = load(weight + i * kernel_row + word * kLanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const float* at = rows[r * row_pointers + i] + (column + word * W::kDepth) * kLanes;
+        asm("" : "+r"(at));  // as in dw_columns
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) acc[r][t] = W::multiply_add(w, load(at + t * S * kLanes), acc[r][t]);
+      }
+    }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) sink(r, t, acc[r][t]);
+}
+
+// For the rows of small maps, `count` of them, so many outputs each: tiles of as many sums as hide the multiply-adds'
+// latency. sink(row, output, sums); the first output is at `column` of a row.
+template <class W, int Rows, int Taps, int S, class Sink>
+inline void dw_small_rows(const float* const* rows, int64_t row_pointers, int64_t count, int64_t outputs, int64_t column,
+                          const float* weight, int64_t kernel_row, const Sink& sink) {
+  int64_t ow = 0;
+  const auto columns = [&]<int R, int T>() {
+    int64_t row = 0;
+    const auto tile = [&]<int Together>() {
+      const auto each = [&](int r, int t, Vec sums) { sink(row + r, ow + t, sums); };
+      dw_tile<W, Rows, Taps, S, Together, T>(rows + row * row_pointers, row_pointers, column + ow * S, weight, kernel_row,
+                                             each);
+      row += Together;
+    };
+    while (count - row >= R) tile.template operator()<R>();
+    while (count - row >= 1) tile.template operator()<1>();
+    ow += T;
+  };
+  constexpr int kMany = kLanes == 16 ? 2 : 1;
+  while (outputs - ow == 7) columns.template operator()<kMany, 7>();
+  while (outputs - ow >= 4) columns.template operator()<2 * kMany, 4>();
+  while (outputs - ow >= 2) columns.template operator()<4 * kMany, 2>();
+  while (outputs - ow >= 1) columns.template operator()<8, 1>();
+}
+
+// Maps so small that whole images are done at once, several of them: row by row, most of the time is set-up and waiting for
+// sums (Zen 5, bf16, 128 images, cycles a vector, backward and forward: 4x4 97 and 50 to 81 and 31, 2x2 156 and 98 to 74 and
+// 32). Of 7x7 maps the rows are as quick.
+constexpr int64_t kSmallPixels = 16;
+
+inline bool is_small(const Shape& s) { return s.pixels() > 0 && s.pixels() <= kSmallPixels; }
+
+// Images whose rows fill the tiles and lie in the first-level cache.
+inline int64_t small_images(const Shape& s) { return 64 / s.pixels(); }
 
 // What is done to the input on load: nothing, or SiLU(x * scale + shift).
 struct InputAffine {
@@ -181,7 +243,7 @@ struct InputAffine {
 // Columns of the ring on the left of an image's first.
 inline int64_t ring_margin(const Window& win) { return std::max<int64_t>(win.pad_w, 1); }
 
-// Reads one row of an image into the ring.
+// Reads one row of an image into the ring. ahead: to the elements that are wanted next.
 template <class T>
 inline void fill_ring_row(const T* row, int64_t width, int64_t ahead, int64_t channels, int64_t first, int64_t count,
                           const InputAffine& affine, float* ring, int64_t vector_stride) {
@@ -192,7 +254,7 @@ inline void fill_ring_row(const T* row, int64_t width, int64_t ahead, int64_t ch
       const T* from = row + c;
       float* to = ring + v * vector_stride;
       const auto value = [&](int64_t i) {
-        prefetch(from + (i + ahead) * channels);
+        prefetch(from + i * channels + ahead);
         return load(from + i * channels, lanes);
       };
       if (!affine.scale) return write_columns<W>(to, width, value);
@@ -201,11 +263,56 @@ inline void fill_ring_row(const T* row, int64_t width, int64_t ahead, int64_t ch
     });
 }
 
-// Runs the convolution. on_row(group, image, first channel, lanes, oh) returns the sink for one row of outputs of a
-// vector: it is called with (column, sums), and its .finish() is false if it must see the row again.
-template <class T, int K, int S, class OnRow>
+// The convolution of small maps, as `depthwise_forward`.
+template <class T, int K, int S, class OnOutputs>
+inline void depthwise_forward_small(const T* x, const Shape& s, const Window& win, const float* weight,
+                                    const InputAffine& affine, const DepthwiseTasks& tasks, const OnOutputs& on_outputs) {
+  using W = Words<T>;
+  constexpr int64_t kernel_row = words_of<W>(K) * kLanes, kLine = 64 / sizeof(T);
+  const int64_t left = ring_margin(win), padded = left - win.pad_w + std::max((win.out_w - 1) * S + K, s.w + win.pad_w);
+  const int64_t row_floats = padded * kLanes, together = small_images(s), outputs = win.out_h * win.out_w;
+  tasks.run([&](int64_t group, int64_t first, int64_t count) {
+    float* rows = scratch((together * s.h + 1) * row_floats + together * outputs * kLanes);
+    float* zeros = rows + together * s.h * row_floats;
+    float* sums = zeros + row_floats;
+    std::memset(rows, 0, (together * s.h + 1) * row_floats * sizeof(float));
+    std::vector<const float*> under(together * win.out_h * K);
+    for (int64_t row = 0; row < together * win.out_h; ++row)
+      for (int64_t kh = 0; kh < K; ++kh) {
+        const int64_t h = row % win.out_h * S - win.pad_h + kh;
+        under[row * K + kh] = h < 0 || h >= s.h ? zeros : rows + (row / win.out_h * s.h + h) * row_floats;
+      }
+    for (int64_t n = tasks.group_begin(group); n < tasks.group_begin(group + 1); n += together) {
+      const int64_t images = std::min(together, tasks.group_begin(group + 1) - n);
+      for (int64_t v = first; v < first + count; ++v)
+        with_lanes(v, s.c, [&](auto lanes) {
+          for (int64_t row = 0; row < images * s.h; ++row)
+            fill_ring_row(x + (n * s.h + row) * s.w * s.c, s.w, kLine, s.c, v, 1, affine,
+                          rows + row * row_floats + left * kLanes, 0);
+          const auto keep = [&](int64_t row, int64_t ow, Vec sum) { store(sums + (row * win.out_w + ow) * kLanes, sum); };
+          dw_small_rows<W, K, K, S>(under.data(), K, images * win.out_h, win.out_w, left - win.pad_w,
+                                    weight + v * K * kernel_row, kernel_row, keep);
+          for (int64_t i = 0; i < images; ++i) {
+            auto sink = on_outputs(group, n + i, v * kLanes, lanes, 0, outputs, kLine);
+            do
+              for (int64_t at = 0; at < outputs; ++at) sink(at, load(sums + (i * outputs + at) * kLanes));
+            while (!sink.finish());
+          }
+        });
+    }
+  });
+}
+
+// Rows of outputs that are asked for ahead of the one that is stored: at least as many as are done together.
+constexpr int64_t kRowsAhead = 4;
+
+// Runs the convolution. on_outputs(group, image, first channel, lanes, first, count, elements to those that are wanted next)
+// returns the sink for neighbouring outputs of a vector: it is called with (output, sums), and its .finish() is false if it
+// must see them again.
+template <class T, int K, int S, class OnOutputs>
 inline void depthwise_forward(const T* x, const Shape& s, const Window& win, const float* weight,
-                              const InputAffine& affine, const DepthwiseTasks& tasks, const OnRow& on_row) {
+                              const InputAffine& affine, const DepthwiseTasks& tasks, const OnOutputs& on_outputs) {
+  if (is_small(s)) return depthwise_forward_small<T, K, S>(x, s, win, weight, affine, tasks, on_outputs);
   using W = Words<T>;
   constexpr int kRows = K <= 3 ? 4 : 8;
   constexpr int64_t kTogether = (kRows - K) / S + 1;  // output rows that the ring holds all inputs of, as in backward
@@ -221,7 +328,7 @@ inline void depthwise_forward(const T* x, const Shape& s, const Window& win, con
       for (int64_t top = 0; top < win.out_h; top += kTogether) {
         const int64_t bottom = std::min(top + kTogether, win.out_h);
         for (; filled < std::min(s.h, (bottom - 1) * S - win.pad_h + K); ++filled)
-          fill_ring_row(image + filled * s.w * s.c, s.w, kTogether * S * s.w, s.c, first, count, affine,
+          fill_ring_row(image + filled * s.w * s.c, s.w, kTogether * S * s.w * s.c, s.c, first, count, affine,
                         ring + filled % kRows * row_floats + left * kLanes, vector_floats);
         for (int64_t v = 0; v < count; ++v)
           with_lanes(first + v, s.c, [&](auto lanes) {
@@ -232,7 +339,8 @@ inline void depthwise_forward(const T* x, const Shape& s, const Window& win, con
                 const float* row = ring + v * vector_floats + h % kRows * row_floats + (left - win.pad_w) * kLanes;
                 rows[kh] = h < 0 || h >= s.h ? nullptr : row;
               }
-              auto sink = on_row(group, n, (first + v) * kLanes, lanes, oh);
+              auto sink = on_outputs(group, n, (first + v) * kLanes, lanes, oh * win.out_w, win.out_w,
+                                     kRowsAhead * win.out_w * s.c);
               do
                 dw_row<W, K, K, S>(rows, weight + (first + v) * K * kernel_row, kernel_row, win.out_w, sink);
               while (!sink.finish());
@@ -243,35 +351,32 @@ inline void depthwise_forward(const T* x, const Shape& s, const Window& win, con
   });
 }
 
-// Rows of outputs that are asked for ahead of the one that is stored: at least as many as are done together.
-constexpr int64_t kRowsAhead = 4;
-
 inline int64_t forward_bytes_per_vector(const Shape& s, const Window& win) {
   return (win.kernel <= 3 ? 4 : 8) * (s.w + 2 * win.kernel) * kLanes * (int64_t)sizeof(float);
 }
 
-// Stores outputs, and sums them and their squares around the mean of a task's first row, so that a large mean does not
-// cancel in the squares. The first row is therefore computed twice.
+// Stores outputs, and sums them and their squares around the mean of a task's first ones, so that a large mean does not
+// cancel in the squares. Those are therefore seen twice.
 template <class T, class Lanes>
 struct StatisticsSink {
   T* out;
   int64_t channels;
   Lanes lanes;
   float* state;  // [center, sum, sum of squares][lane] of this task and vector
-  int64_t columns;
+  int64_t count, ahead;
   bool first;
   Vec center, sum = {}, square = {};
 
-  void operator()(int64_t ow, Vec y) {
-    prefetch_to_write(out + (ow + kRowsAhead * columns) * channels);
-    store(out + ow * channels, y, lanes);
+  void operator()(int64_t at, Vec y) {
+    prefetch_to_write(out + at * channels + ahead);
+    store(out + at * channels, y, lanes);
     const Vec d = y - center;
     sum += d;
     square += d * d;
   }
   bool finish() {
     if (first) {
-      center = sum / (float)columns;
+      center = sum / (float)count;
       store(state, center);
       first = false;
       sum = square = Vec{};
@@ -297,14 +402,15 @@ std::tuple<Tensor, Tensor, Tensor> dwconv_stats(const Tensor& x, const Tensor& w
   dispatch(x, "x", [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     T* out = (T*)y.mutable_data_ptr();
-    const auto on_row = [&](int64_t group, int64_t n, int64_t c, auto lanes, int64_t oh) {
+    const auto on_outputs = [&](int64_t group, int64_t n, int64_t c, auto lanes, int64_t begin, int64_t count,
+                                int64_t ahead) {
       float* mine = state.data() + (group * s.vectors() + c / kLanes) * 3 * kLanes;
-      const bool first = n == tasks.group_begin(group) && oh == 0;
+      const bool first = n == tasks.group_begin(group) && begin == 0;
       return StatisticsSink<T, decltype(lanes)>{
-          out + (n * win.out_h + oh) * win.out_w * s.c + c, s.c, lanes, mine, win.out_w, first, load(mine)};
+          out + (n * pixels + begin) * s.c + c, s.c, lanes, mine, count, ahead, first, load(mine)};
     };
     dispatch_window(win, [&]<int K, int S>() {
-      depthwise_forward<T, K, S>((const T*)x.const_data_ptr(), s, win, packed.data(), affine, tasks, on_row);
+      depthwise_forward<T, K, S>((const T*)x.const_data_ptr(), s, win, packed.data(), affine, tasks, on_outputs);
     });
   });
   const auto count = [&](int64_t group) { return tasks.group_images(group) * pixels; };
@@ -327,13 +433,13 @@ struct AffineSink {
   int64_t channels;
   Lanes lanes;
   float* pooled;
-  int64_t columns;
+  int64_t ahead;
   Vec scale, shift, sum;
 
-  void operator()(int64_t ow, Vec y) {
-    prefetch_to_write(out + (ow + kRowsAhead * columns) * channels);
+  void operator()(int64_t at, Vec y) {
+    prefetch_to_write(out + at * channels + ahead);
     const Vec z = silu<T>(y * scale + shift);
-    store(out + ow * channels, z, lanes);
+    store(out + at * channels, z, lanes);
     sum += z;
   }
   bool finish() {
@@ -356,13 +462,13 @@ std::tuple<Tensor, Tensor> dwconv_affine(const Tensor& x, const Tensor& weight, 
   dispatch(x, "x", [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     T* out = (T*)z.mutable_data_ptr();
-    const auto on_row = [&](int64_t, int64_t n, int64_t c, auto lanes, int64_t oh) {
+    const auto on_outputs = [&](int64_t, int64_t n, int64_t c, auto lanes, int64_t begin, int64_t, int64_t ahead) {
       float* sum = floats(pooled) + n * s.c + c;
-      return AffineSink<T, decltype(lanes)>{out + (n * win.out_h + oh) * win.out_w * s.c + c, s.c, lanes, sum,
-                                            win.out_w, load(sc + c, lanes), load(sh + c, lanes), load(sum, lanes)};
+      return AffineSink<T, decltype(lanes)>{out + (n * win.out_h * win.out_w + begin) * s.c + c, s.c, lanes, sum,
+                                            ahead, load(sc + c, lanes), load(sh + c, lanes), load(sum, lanes)};
     };
     dispatch_window(win, [&]<int K, int S>() {
-      depthwise_forward<T, K, S>((const T*)x.const_data_ptr(), s, win, packed.data(), affine, tasks, on_row);
+      depthwise_forward<T, K, S>((const T*)x.const_data_ptr(), s, win, packed.data(), affine, tasks, on_outputs);
     });
   });
   return {z, pooled};

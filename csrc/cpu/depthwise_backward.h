@@ -3,12 +3,15 @@
 // (grad, y) when a BatchNorm + SiLU (+ gate) follows, and kept in a ring of rows of words as in the forward pass.
 #pragma once
 
+#include <array>
+
 #include "depthwise.h"
 #include "output_grad.h"
 
 namespace effnet_fast {
 
-// Writes one row of the output's gradient for the channels from c on into a row of the ring.
+// Writes one row of the output's gradient for the channels from c on into a row of the ring. ahead, here and below: to the
+// elements that are wanted next.
 template <class T, class Lanes>
 inline void fill_grad_row(const T* grad, const T* y, int64_t width, int64_t ahead, int64_t channels, int64_t n, int64_t c,
                           Lanes lanes, const OutputGrad& op, float* to) {
@@ -16,8 +19,8 @@ inline void fill_grad_row(const T* grad, const T* y, int64_t width, int64_t ahea
   if (!op.scale) return write_columns<W>(to, width, [&](int64_t i) { return load(grad + i * channels, lanes); });
   const auto output_grad = op.of<T>(n, channels, c, lanes);
   write_columns<W>(to, width, [&](int64_t i) {
-    prefetch(grad + (i + ahead) * channels);
-    prefetch(y + (i + ahead) * channels);
+    prefetch(grad + i * channels + ahead);
+    prefetch(y + i * channels + ahead);
     return output_grad(load(grad + i * channels, lanes), load(y + i * channels, lanes));
   });
 }
@@ -30,6 +33,15 @@ struct InputNorm {
 // One row of the input for one vector of channels, [column][lane] each.
 struct InputRow {
   float *activated, *slope, *centered, *grad;
+};
+
+// Input rows that meet the kernel's rows PH, PH + S, ...: what they hold, and under each kernel row the output gradients,
+// pointing at column 0; zeros outside of the image.
+template <int K>
+struct PhaseRows {
+  float* const* activated;
+  const std::array<const float*, K>* dy;
+  int64_t count;
 };
 
 // Words of a kernel row in `pack_reversed`.
@@ -57,13 +69,30 @@ inline void input_grad_columns(int64_t width, int64_t pad_w, const float* const*
                              (width - iw + S - 1) / S, sink);
 }
 
-// Adds one input row's products to the weight's gradient, for `Rows` kernel rows from PH + S * first on: input column iw
+// The same for the rows of small maps.
+template <class W, int K, int S, int PH, int PW>
+inline void small_input_grad_columns(int64_t width, int64_t pad_w, const PhaseRows<K>& rows, float* const* grads,
+                                     const float* reversed) {
+  constexpr int kRows = (K - PH + S - 1) / S, kTaps = (K - PW + S - 1) / S;
+  if constexpr (kRows > 0 && kTaps > 0) {
+    constexpr int kSkipped = PW == 0 ? 0 : words_of<W>((K + S - 1) / S), kRowWords = reversed_row_words<W, K, S>();
+    const int64_t iw = ((PW - pad_w) % S + S) % S;
+    if (iw >= width || rows.count == 0) return;
+    const auto sink = [&](int64_t row, int64_t i, Vec da) { store(grads[row] + (iw + i * S) * kLanes, da); };
+    dw_small_rows<W, kRows, kTaps, 1>(rows.dy->data(), K, rows.count, (width - iw + S - 1) / S,
+                                      (iw + pad_w) / S - kTaps + 1, reversed + (PH * kRowWords + kSkipped) * kLanes,
+                                      S * kRowWords * kLanes, sink);
+  }
+}
+
+// Adds input rows' products to the weight's gradient, for `Rows` kernel rows from PH + S * first on: input column iw
 // meets the output columns as above. A word of the input is a column and the next of its phase, which meets the next output
 // column.
 template <class W, int K, int S, int PH, int Rows>
-inline void weight_grad_rows(int64_t width, int64_t pad_w, const float* activated, const float* const* dy, int first,
-                             float* weight_grad) {
+inline void weight_grad_rows(int64_t width, int64_t pad_w, const PhaseRows<K>& rows, int first, float* weight_grad) {
   Vec acc[Rows * K] = {};
+  const float* activated = nullptr;
+  const float* const* dy = nullptr;
   const auto word = [&]<int PW>(int64_t iw) {
     if (iw >= width) return;
     const int64_t next = iw + S, last = (iw + pad_w) / S;
@@ -80,9 +109,13 @@ inline void weight_grad_rows(int64_t width, int64_t pad_w, const float* activate
     }
   };
   const auto words = [&]<int... PW>() {
-    for (int64_t iw = 0; iw < width; iw += S * W::kDepth) {
-      int64_t column = iw;
-      (word.template operator()<PW>(column++), ...);
+    for (int64_t row = 0; row < rows.count; ++row) {
+      activated = rows.activated[row];
+      dy = rows.dy[row].data();
+      for (int64_t iw = 0; iw < width; iw += S * W::kDepth) {
+        int64_t column = iw;
+        (word.template operator()<PW>(column++), ...);
+      }
     }
   };
   if constexpr (S == 1)
@@ -101,14 +134,13 @@ inline void weight_grad_rows(int64_t width, int64_t pad_w, const float* activate
 }
 
 template <class W, int K, int S, int PH>
-inline void weight_grad_row(int64_t width, int64_t pad_w, const float* activated, const float* const* dy,
-                            float* weight_grad) {
+inline void weight_grad_of_rows(int64_t width, int64_t pad_w, const PhaseRows<K>& rows, float* weight_grad) {
   // as many kernel rows at once as the register file holds the sums of
   constexpr int kRows = (K - PH + S - 1) / S, kRegisters = kLanes == 16 ? 28 : 14;
   constexpr int kTogether = std::min(kRows, std::max(1, kRegisters / K)), kRest = kRows % kTogether;
   for (int first = 0; first + kTogether <= kRows; first += kTogether)
-    weight_grad_rows<W, K, S, PH, kTogether>(width, pad_w, activated, dy, first, weight_grad);
-  if constexpr (kRest > 0) weight_grad_rows<W, K, S, PH, kRest>(width, pad_w, activated, dy, kRows - kRest, weight_grad);
+    weight_grad_rows<W, K, S, PH, kTogether>(width, pad_w, rows, first, weight_grad);
+  if constexpr (kRest > 0) weight_grad_rows<W, K, S, PH, kRest>(width, pad_w, rows, kRows - kRest, weight_grad);
 }
 
 // Everything that the gradients `dy` bring to one input row in kernel rows PH, PH + S, ...
@@ -117,9 +149,9 @@ inline void backward_row(int64_t width, int64_t pad_w, const InputRow& row, cons
                          const float* reversed, float* weight_grad) {
   input_grad_columns<W, K, S, PH, 0>(width, pad_w, dy, reversed, row.grad);
   if constexpr (S == 2) input_grad_columns<W, K, S, PH, 1>(width, pad_w, dy, reversed, row.grad);
-  const float* present[K];
+  std::array<const float*, K> present;
   for (int j = 0; j < K; ++j) present[j] = dy[j] ? dy[j] : zeros;
-  weight_grad_row<W, K, S, PH>(width, pad_w, row.activated, present, weight_grad);
+  weight_grad_of_rows<W, K, S, PH>(width, pad_w, {&row.activated, &present, 1}, weight_grad);
 }
 
 template <class T, class Lanes>
@@ -131,7 +163,7 @@ inline void load_input_row(const T* x, int64_t width, int64_t ahead, int64_t cha
   }
   const Vec scale = load(norm.scale + c, lanes), shift = load(norm.shift + c, lanes), mean = load(norm.mean + c, lanes);
   for (int64_t i = 0; i < width; ++i) {
-    prefetch(x + (i + ahead) * channels);
+    prefetch(x + i * channels + ahead);
     const Vec value = load(x + i * channels, lanes), u = value * scale + shift, s = sigmoid<T>(u), z = u * s;
     store(row.activated + i * kLanes, z);
     store(row.slope + i * kLanes, silu_slope(s, z));
@@ -147,7 +179,7 @@ inline void store_grad_row(const InputRow& row, int64_t width, int64_t ahead, in
   for (int64_t i = 0; i < width; ++i) {
     Vec g = load(row.grad + i * kLanes);
     if (normed) g *= load(row.slope + i * kLanes);
-    prefetch_to_write(out + (i + ahead) * channels);
+    prefetch_to_write(out + i * channels + ahead);
     store(out + i * channels, g, lanes);
     if (normed) {
       g = rounded<T>(g);
@@ -177,10 +209,70 @@ inline std::vector<float> pack_reversed(const Tensor& weight, const Shape& s, co
   return words;
 }
 
+// Of small maps: the same as `depthwise_backward`.
+template <class T, int K, int S>
+inline void depthwise_backward_small(const T* grad, const T* y, const T* x, const Shape& s, const Window& win,
+                                     const float* reversed, const OutputGrad& output_grad, const InputNorm& norm,
+                                     const DepthwiseTasks& tasks, T* dx, float* weight_grads, float* sums) {
+  using W = Words<T>;
+  constexpr int64_t kMargin = K, kLine = 64 / sizeof(T);
+  const int64_t row_floats = (win.out_w + 2 * kMargin) * kLanes, together = small_images(s), pixels = s.pixels();
+  tasks.run([&](int64_t group, int64_t first, int64_t count) {
+    float* dy = scratch((together * win.out_h + 1) * row_floats + 4 * together * pixels * kLanes) + kMargin * kLanes;
+    float* zeros = dy + together * win.out_h * row_floats;
+    float* rows = zeros + row_floats - kMargin * kLanes;
+    const int64_t of_pixels = together * pixels * kLanes;
+    const InputRow all{rows, rows + of_pixels, rows + 2 * of_pixels, rows + 3 * of_pixels};
+    std::memset(dy - kMargin * kLanes, 0, (together * win.out_h + 1) * row_floats * sizeof(float));
+    // rows by phase, so many of each image
+    std::vector<float*> activated[S], grads[S];
+    std::vector<std::array<const float*, K>> under[S];
+    int64_t an_image[S] = {};
+    for (int64_t row = 0; row < together * s.h; ++row) {
+      const int64_t h = row % s.h, last = (h + win.pad_h) / S, phase = (h + win.pad_h) % S;
+      an_image[phase] += row < s.h;
+      activated[phase].push_back(all.activated + row * s.w * kLanes);
+      grads[phase].push_back(all.grad + row * s.w * kLanes);
+      std::array<const float*, K>& met = under[phase].emplace_back();
+      for (int j = 0; j < K; ++j) {
+        const int64_t oh = last - j;
+        met[j] = oh < 0 || oh >= win.out_h ? zeros : dy + (row / s.h * win.out_h + oh) * row_floats;
+      }
+    }
+    for (int64_t n = tasks.group_begin(group); n < tasks.group_begin(group + 1); n += together) {
+      const int64_t images = std::min(together, tasks.group_begin(group + 1) - n);
+      for (int64_t v = first; v < first + count; ++v)
+        with_lanes(v, s.c, [&](auto lanes) {
+          const int64_t c = v * kLanes, at = n * pixels * s.c + c;
+          for (int64_t row = 0; row < images * win.out_h; ++row) {
+            const int64_t from = (n * win.out_h + row) * win.out_w * s.c + c;
+            fill_grad_row(grad + from, y + from, win.out_w, kLine, s.c, n + row / win.out_h, c, lanes, output_grad,
+                          dy + row * row_floats);
+          }
+          load_input_row(x + at, images * pixels, kLine, s.c, c, lanes, norm, all);
+          const float* w = reversed + v * K * reversed_row_words<W, K, S>() * kLanes;
+          float* weight_grad = weight_grads + (group * s.vectors() + v) * K * K * kLanes;
+          const auto phase = [&]<int PH>() {
+            const PhaseRows<K> of_phase{activated[PH].data(), under[PH].data(), images * an_image[PH]};
+            small_input_grad_columns<W, K, S, PH, 0>(s.w, win.pad_w, of_phase, grads[PH].data(), w);
+            if constexpr (S == 2) small_input_grad_columns<W, K, S, PH, 1>(s.w, win.pad_w, of_phase, grads[PH].data(), w);
+            weight_grad_of_rows<W, K, S, PH>(s.w, win.pad_w, of_phase, weight_grad);
+          };
+          phase.template operator()<0>();
+          if constexpr (S == 2) phase.template operator()<1>();
+          store_grad_row(all, images * pixels, kLine, s.c, lanes, norm.scale != nullptr, dx + at,
+                         sums + (group * s.vectors() + v) * 2 * kLanes);
+        });
+    }
+  });
+}
+
 template <class T, int K, int S>
 inline void depthwise_backward(const T* grad, const T* y, const T* x, const Shape& s, const Window& win,
                                const float* reversed, const OutputGrad& output_grad, const InputNorm& norm,
                                const DepthwiseTasks& tasks, T* dx, float* weight_grads, float* sums) {
+  if (is_small(s))
+    return depthwise_backward_small<T, K, S>(grad, y, x, s, win, reversed, output_grad, norm, tasks, dx, weight_grads, sums);
   using W = Words<T>;
   constexpr int kRows = K <= 3 ? 4 : 8;
   // Input rows that are done for a vector of channels before the next vector: those that the ring holds all gradients of.
@@ -188,7 +280,7 @@ inline void depthwise_backward(const T* grad, const T* y, const T* x, const Shap
   // to 82).
   constexpr int64_t kTogether = S == 1 ? kRows - K + 1 : 2 * (kRows - (K + 1) / 2);
   constexpr int64_t kMargin = K;  // zero columns on either side
-  const int64_t ahead = kTogether * s.w;
+  const int64_t ahead = kTogether * s.w * s.c;
   const int64_t row_floats = (win.out_w + 2 * kMargin) * kLanes, vector_floats = kRows * row_floats;
   tasks.run([&](int64_t group, int64_t first, int64_t count) {
     float* ring = scratch(count * vector_floats + row_floats + 4 * s.w * kLanes);
@@ -208,7 +300,7 @@ inline void depthwise_backward(const T* grad, const T* y, const T* x, const Shap
           for (int64_t v = 0; v < count; ++v)
             with_lanes(first + v, s.c, [&](auto lanes) {
               const int64_t c = (first + v) * kLanes;
-              fill_grad_row(grad + at + c, y + at + c, win.out_w, kTogether / S * win.out_w, s.c, n, c, lanes, output_grad,
+              fill_grad_row(grad + at + c, y + at + c, win.out_w, kTogether / S * win.out_w * s.c, s.c, n, c, lanes, output_grad,
                             to + v * vector_floats);
             });
         }

@@ -64,7 +64,8 @@ inline void expand_depthwise_image(const T* x, const Shape& s, const Window& win
           const float* row = ring + (v * slots + h % slots) * row_floats + (left - win.pad_w) * kLanes;
           under[kh] = h < 0 || h >= s.h ? nullptr : row;
         }
-        AffineSink<T, decltype(lanes)> sink{z + oh * win.out_w * channels + c, channels, lanes, pooled + c, win.out_w,
+        const int64_t row = win.out_w * channels;
+        AffineSink<T, decltype(lanes)> sink{z + oh * row + c, channels, lanes, pooled + c, kRowsAhead * row,
                                             broadcast(1.f), load(depthwise_shift + c, lanes), load(pooled + c, lanes)};
         dw_row<W, K, K, S>(under, weight + v * K * kernel_row, kernel_row, win.out_w, sink);
         sink.finish();
