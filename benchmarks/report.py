@@ -128,25 +128,38 @@ def _line(cells: list[str]) -> str:
 
 def _table(rows: list[Row]) -> Iterator[str]:
     names = contestants(rows)
-    kept = list(rows[0].get("kept", ()))
+    kept = [] if "peak" in rows[0] else list(rows[0].get("kept", ()))
     header = [*rows[0]["row"], *(f"{name}, {rows[0]['unit']}" for name in names)]
-    peak = list(rows[0].get("peak", ()))
     header += [f"{name} keeps, MiB an image" for name in kept]
-    header += [f"{name} peaks, MiB an image" for name in peak]
     yield from (_line(header), "|" + "---|" * len(header))
     for row in rows:
-        cells = [*row["row"].values(), *(_cell(row, name) for name in names)]
-        cells += [
-            f"{row[what][name] / 2**20:.1f}" for what, names in (("kept", kept), ("peak", peak)) for name in names
+        cells = [
+            *row["row"].values(),
+            *(_cell(row, name) for name in names),
+            *(_mebibytes(row["kept"], n) for n in kept),
         ]
         yield _line(cells)
-    if "largest batch" in rows[0]:
+    if "peak" in rows[0]:
+        yield from ("", "Kept for the backward pass, MiB an image:", "", *_memory(rows, "kept"))
+        yield from ("", "At the worst moment, MiB an image:", "", *_memory(rows, "peak"))
         yield from ("", "Largest batch by the planner:", "", *_largest(rows))
     reasons = {
         f"{name} {reason} ({row['row']['dtype']})" for row in rows for name, reason in row.get("left out", {}).items()
     }
     if reasons:
         yield from ("", "Left out: " + "; ".join(sorted(reasons)) + ".")
+
+
+def _memory(rows: list[Row], what: str) -> Iterator[str]:
+    names = [name for name in CONTESTANTS if any(name in row[what] for row in rows)]
+    header = [*rows[0]["row"], *names]
+    yield from (_line(header), "|" + "---|" * len(header))
+    for row in rows:
+        yield _line([*row["row"].values(), *(_mebibytes(row[what], name) for name in names)])
+
+
+def _mebibytes(of: dict[str, float], name: str) -> str:
+    return f"{of[name] / 2**20:.1f}" if name in of else ""
 
 
 def _largest(rows: list[Row]) -> Iterator[str]:

@@ -172,7 +172,8 @@ inline void dw_row(const float* const* rows, const float* weight, int64_t kernel
   for (; ow < out_w; ++ow) dw_columns<W, Rows, Taps, S, 1>(rows, weight, kernel_row, ow, sink);
 }
 
-// The same for R rows and T columns at once; the pointers of row r begin at rows[r * row_pointers], none of them null.
+// As dw_columns, for R rows of outputs at once: the pointers of row r begin at rows[r * row_pointers], none of them is null,
+// and its first output is at `column`.
 template <class W, int Rows, int Taps, int S, int R, int T, class Sink>
 inline void dw_tile(const float* const* rows, int64_t row_pointers, int64_t column, const float* weight,
                     int64_t kernel_row, const Sink& sink) {
@@ -214,7 +215,6 @@ inline void dw_small_rows(const float* const* rows, int64_t row_pointers, int64_
     ow += T;
   };
   constexpr int kMany = kLanes == 16 ? 2 : 1;
-  while (outputs - ow == 7) columns.template operator()<kMany, 7>();
   while (outputs - ow >= 4) columns.template operator()<2 * kMany, 4>();
   while (outputs - ow >= 2) columns.template operator()<4 * kMany, 2>();
   while (outputs - ow >= 1) columns.template operator()<8, 1>();
@@ -263,7 +263,7 @@ inline void fill_ring_row(const T* row, int64_t width, int64_t ahead, int64_t ch
     });
 }
 
-// The convolution of small maps, as `depthwise_forward`.
+// `depthwise_forward` of small maps.
 template <class T, int K, int S, class OnOutputs>
 inline void depthwise_forward_small(const T* x, const Shape& s, const Window& win, const float* weight,
                                     const InputAffine& affine, const DepthwiseTasks& tasks, const OnOutputs& on_outputs) {

@@ -74,15 +74,12 @@ template <class W, int K, int S, int PH, int PW>
 inline void small_input_grad_columns(int64_t width, int64_t pad_w, const PhaseRows<K>& rows, float* const* grads,
                                      const float* reversed) {
   constexpr int kRows = (K - PH + S - 1) / S, kTaps = (K - PW + S - 1) / S;
-  if constexpr (kRows > 0 && kTaps > 0) {
-    constexpr int kSkipped = PW == 0 ? 0 : words_of<W>((K + S - 1) / S), kRowWords = reversed_row_words<W, K, S>();
-    const int64_t iw = ((PW - pad_w) % S + S) % S;
-    if (iw >= width || rows.count == 0) return;
-    const auto sink = [&](int64_t row, int64_t i, Vec da) { store(grads[row] + (iw + i * S) * kLanes, da); };
-    dw_small_rows<W, kRows, kTaps, 1>(rows.dy->data(), K, rows.count, (width - iw + S - 1) / S,
-                                      (iw + pad_w) / S - kTaps + 1, reversed + (PH * kRowWords + kSkipped) * kLanes,
-                                      S * kRowWords * kLanes, sink);
-  }
+  constexpr int kSkipped = PW == 0 ? 0 : words_of<W>((K + S - 1) / S), kRowWords = reversed_row_words<W, K, S>();
+  const int64_t iw = ((PW - pad_w) % S + S) % S;
+  if (iw >= width || rows.count == 0) return;
+  const auto sink = [&](int64_t row, int64_t i, Vec da) { store(grads[row] + (iw + i * S) * kLanes, da); };
+  dw_small_rows<W, kRows, kTaps, 1>(rows.dy->data(), K, rows.count, (width - iw + S - 1) / S, (iw + pad_w) / S - kTaps + 1,
+                                    reversed + (PH * kRowWords + kSkipped) * kLanes, S * kRowWords * kLanes, sink);
 }
 
 // Adds input rows' products to the weight's gradient, for `Rows` kernel rows from PH + S * first on: input column iw
@@ -209,7 +206,7 @@ inline std::vector<float> pack_reversed(const Tensor& weight, const Shape& s, co
   return words;
 }
 
-// Of small maps: the same as `depthwise_backward`.
+// `depthwise_backward` of small maps.
 template <class T, int K, int S>
 inline void depthwise_backward_small(const T* grad, const T* y, const T* x, const Shape& s, const Window& win,
                                      const float* reversed, const OutputGrad& output_grad, const InputNorm& norm,
@@ -300,8 +297,8 @@ inline void depthwise_backward(const T* grad, const T* y, const T* x, const Shap
           for (int64_t v = 0; v < count; ++v)
             with_lanes(first + v, s.c, [&](auto lanes) {
               const int64_t c = (first + v) * kLanes;
-              fill_grad_row(grad + at + c, y + at + c, win.out_w, kTogether / S * win.out_w * s.c, s.c, n, c, lanes, output_grad,
-                            to + v * vector_floats);
+              fill_grad_row(grad + at + c, y + at + c, win.out_w, kTogether / S * win.out_w * s.c, s.c, n, c, lanes,
+                            output_grad, to + v * vector_floats);
             });
         }
         for (int64_t v = 0; v < count; ++v)
