@@ -14,6 +14,7 @@ import torchvision
 from torch import Tensor
 
 from effnet_fast import EfficientNet, create_model, export
+from effnet_fast.model import STRIDES
 from effnet_fast.run_folder import RunFolder
 from tests.tiny import tiny_run
 
@@ -90,7 +91,8 @@ def test_our_weights(run: Path) -> None:
 def test_weights_for_others(tmp_path: Path, names: str) -> None:
     torch.manual_seed(0)
     model = create_model("b0", 5, family="paper")
-    config = {"variant": "b0", "family": "paper", "classes": list("abcde"), "input_size": 64}
+    config = {"variant": "b0", "family": "paper", "strides": list(STRIDES), "classes": list("abcde")}
+    config |= {"input_size": 64, "crop_pct": 0.875}
     run = RunFolder.create(tmp_path / "run", config)
     weights = {"model": {}, "ema": model.state_dict()}
     run.save_checkpoint({**weights, "epoch": 1, "config": config}, best=True)

@@ -29,6 +29,8 @@ from tests.passes.samples import (
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 # Where the processor multiplies bf16, both operands of a product or a convolution are rounded before it, by 2^-9 each.
 PRODUCT_TOLERANCE = {**TOLERANCE, torch.bfloat16: 1e-2}
+# A depthwise convolution has few products, which may cancel: their rounding is relative to more than their sum.
+DEPTHWISE_TOLERANCE = {**TOLERANCE, torch.bfloat16: 2e-2}
 DTYPES = tuple(TOLERANCE)
 
 
@@ -48,8 +50,9 @@ def check(call: Call, dtype: torch.dtype) -> None:
         if a.dim() == 4 and not is_weight:
             assert a.is_contiguous(memory_format=torch.channels_last) or a.numel() == 0
         assert a.isfinite().all()
-        multiplies = call.name in PRODUCTS or "dwconv" in call.name
-        tolerance = (PRODUCT_TOLERANCE if multiplies else TOLERANCE)[dtype]
+        tolerance = (PRODUCT_TOLERANCE if call.name in PRODUCTS else TOLERANCE)[dtype]
+        if "dwconv" in call.name:
+            tolerance = DEPTHWISE_TOLERANCE[dtype]
         largest = e.abs().max().item() if e.numel() else 0.0
         if call.name in ("backward_dwconv", "backward_pointwise") and i == 2 and expected[0].numel():
             # sums of the gradient as rounded, times values of up to 3: they may cancel, the rounding does not
