@@ -47,20 +47,24 @@ def run_memory(results: Path, options: list[str], words: str, quick: bool) -> No
     measured = json.loads(results.read_text()) if results.exists() else None
     if measured is not None and measured["machine_info"]["effnet_fast"] != harness.machine():
         raise ValueError(f"--output: {results} is of another machine ({machine(measured)}), give another folder")
+    shapes = [" ".join(shape) for shape in (SHAPES[-1:] if quick else reversed(SHAPES))]
+    chosen = [name for name in shapes if all(word in name for word in words.split())]
+    if not chosen:
+        raise ValueError(f"--only: got {words!r}, choose from the words of {', '.join(shapes)}")
     part = results.with_suffix(".part")
     failed = []
-    for shape in SHAPES[-1:] if quick else reversed(SHAPES):
-        name = " ".join(shape)
+    for name in chosen:
         test = f"test_memory[{name}]"
-        done = measured["benchmarks"] if measured is not None else []
-        if not all(word in name for word in words.split()) or any(row["name"] == test for row in done):
+        done = [] if measured is None else measured["benchmarks"]
+        if any(row["name"] == test for row in done):
             continue
         try:
             run(part, [f"{MEMORY_FILE}::{test}"], options)
         except ValueError:
             failed.append(name)
             continue
-        measured = json.loads(part.read_text()) | {"benchmarks": done + json.loads(part.read_text())["benchmarks"]}
+        measured = json.loads(part.read_text())
+        measured["benchmarks"] = done + measured["benchmarks"]
         write_atomic(results, partial(_write_json, measured))
     part.unlink(missing_ok=True)
     if failed:
@@ -133,12 +137,8 @@ def _table(rows: list[Row]) -> Iterator[str]:
     header += [f"{name} keeps, MiB an image" for name in kept]
     yield from (_line(header), "|" + "---|" * len(header))
     for row in rows:
-        cells = [
-            *row["row"].values(),
-            *(_cell(row, name) for name in names),
-            *(_mebibytes(row["kept"], n) for n in kept),
-        ]
-        yield _line(cells)
+        rates, keeps = (_cell(row, name) for name in names), (_mebibytes(row["kept"], name) for name in kept)
+        yield _line([*row["row"].values(), *rates, *keeps])
     if "peak" in rows[0]:
         yield from ("", "Kept for the backward pass, MiB an image:", "", *_memory(rows, "kept"))
         yield from ("", "At the worst moment, MiB an image:", "", *_memory(rows, "peak"))

@@ -175,3 +175,7 @@ def test_wrong_options_are_one_line(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
     assert "--output" in done.stderr
+    command += ["--memory", "--only", "b99", "--output", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 2
+    assert "error: --only: got 'b99', choose from the words of reference baseline" in done.stderr.splitlines()[-1]
