@@ -89,33 +89,30 @@ constexpr int words_of(int taps) {
   return (taps + W::kDepth - 1) / W::kDepth;
 }
 
-// Taps [row of the kernel][column][lane] as words. Those of a kernel row are `stride` runs, one behind the other, of the
-// columns 0, stride, ..., then 1, 1 + stride, ...: words don't reach from run to run.
-template <class W>
-inline std::vector<float> pack_taps(const std::vector<float>& taps, int64_t kernel, int64_t stride) {
+// Taps [row of the kernel][column][lane] as the words that meet an input of x's type. Those of a kernel row are `runs` runs,
+// one behind the other, of the columns 0, runs, ..., then 1, 1 + runs, ...: words don't reach from run to run.
+inline std::vector<float> pack_taps(const std::vector<float>& taps, int64_t kernel, int64_t runs, const Tensor& x) {
   std::vector<float> words;
   words.reserve(taps.size());
-  const auto append = [&](Vec word) {
-    words.resize(words.size() + kLanes);
-    store(&words[words.size() - kLanes], word);
-  };
-  for (const float* row = taps.data(); row != taps.data() + taps.size(); row += kernel * kLanes)
-    for (int64_t run = 0, begin = 0; run < stride; ++run) {
-      const int64_t end = begin + (kernel - run + stride - 1) / stride;
-      for (int64_t i = begin; i < end; i += W::kDepth)
-        append(W::pair(load(row + i * kLanes), i + 1 < end ? load(row + (i + 1) * kLanes) : Vec{}));
-      begin = end;
-    }
+  dispatch(x, "x", [&](auto* type) {
+    using W = Words<std::remove_pointer_t<decltype(type)>>;
+    for (const float* row = taps.data(); row != taps.data() + taps.size(); row += kernel * kLanes)
+      for (int64_t run = 0, begin = 0; run < runs; ++run) {
+        const int64_t end = begin + (kernel - run + runs - 1) / runs;
+        for (int64_t i = begin; i < end; i += W::kDepth) {
+          words.resize(words.size() + kLanes);
+          const Vec next = i + 1 < end ? load(row + (i + 1) * kLanes) : Vec{};
+          store(&words[words.size() - kLanes], W::pair(load(row + i * kLanes), next));
+        }
+        begin = end;
+      }
+  });
   return words;
 }
 
-// The window's weights as the words that meet an input of x's type: [vector][kernel row][word][lane].
+// The window's weights as words: [vector][kernel row][word][lane].
 inline std::vector<float> pack_depthwise(const Tensor& weight, const Shape& s, const Window& win, const Tensor& x) {
-  std::vector<float> words;
-  dispatch(x, "x", [&](auto* type) {
-    words = pack_taps<Words<std::remove_pointer_t<decltype(type)>>>(order_taps(weight, s, win), win.kernel, 1);
-  });
-  return words;
+  return pack_taps(order_taps(weight, s, win), win.kernel, 1, x);
 }
 
 // Writes a row of columns as words, the first at `to`; one that is two columns is also at to - kLanes, with nothing on its
@@ -173,10 +170,10 @@ inline void dw_row(const float* const* rows, const float* weight, int64_t kernel
 }
 
 // As dw_columns, for R rows of outputs at once: the pointers of row r begin at rows[r * row_pointers], none of them is null,
-// and its first output is at `column`.
-template <class W, int Rows, int Taps, int S, int R, int T, class Sink>
+// and its first output is at `column`. Output t of row r goes to to[r], `to_step` columns apart from to_column on.
+template <class W, int Rows, int Taps, int S, int R, int T>
 inline void dw_tile(const float* const* rows, int64_t row_pointers, int64_t column, const float* weight,
-                    int64_t kernel_row, const Sink& sink) {
+                    int64_t kernel_row, float* const* to, int64_t to_column, int64_t to_step) {
   Vec acc[R][T] = {};
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 8
@@ -193,21 +190,20 @@ inline void dw_tile(const float* const* rows, int64_t row_pointers, int64_t colu
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) sink(r, t, acc[r][t]);
+    for (int t = 0; t < T; ++t) store(to[r] + (to_column + t * to_step) * kLanes, acc[r][t]);
 }
 
 // For the rows of small maps, `count` of them, so many outputs each: tiles of as many sums as hide the multiply-adds'
-// latency. sink(row, output, sums); the first output is at `column` of a row.
-template <class W, int Rows, int Taps, int S, class Sink>
+// latency. Arguments as of dw_tile.
+template <class W, int Rows, int Taps, int S>
 inline void dw_small_rows(const float* const* rows, int64_t row_pointers, int64_t count, int64_t outputs, int64_t column,
-                          const float* weight, int64_t kernel_row, const Sink& sink) {
+                          const float* weight, int64_t kernel_row, float* const* to, int64_t to_column, int64_t to_step) {
   int64_t ow = 0;
   const auto columns = [&]<int R, int T>() {
     int64_t row = 0;
     const auto tile = [&]<int Together>() {
-      const auto each = [&](int r, int t, Vec sums) { sink(row + r, ow + t, sums); };
       dw_tile<W, Rows, Taps, S, Together, T>(rows + row * row_pointers, row_pointers, column + ow * S, weight, kernel_row,
-                                             each);
+                                             to + row, to_column + ow * to_step, to_step);
       row += Together;
     };
     while (count - row >= R) tile.template operator()<R>();
@@ -240,8 +236,14 @@ struct InputAffine {
   }
 };
 
-// Columns of the ring on the left of an image's first.
-inline int64_t ring_margin(const Window& win) { return std::max<int64_t>(win.pad_w, 1); }
+// A row of the ring: columns on the left of an image's first, of which the windows read only pad_w; and of all, in floats.
+struct RingRow {
+  int64_t left, first_read, floats;
+
+  RingRow(int64_t width, const Window& win)
+      : left(std::max<int64_t>(win.pad_w, 1)), first_read(left - win.pad_w),
+        floats((first_read + std::max((win.out_w - 1) * win.stride + win.kernel, width + win.pad_w)) * kLanes) {}
+};
 
 // Reads one row of an image into the ring. ahead: to the elements that are wanted next.
 template <class T>
@@ -269,29 +271,31 @@ inline void depthwise_forward_small(const T* x, const Shape& s, const Window& wi
                                     const InputAffine& affine, const DepthwiseTasks& tasks, const OnOutputs& on_outputs) {
   using W = Words<T>;
   constexpr int64_t kernel_row = words_of<W>(K) * kLanes, kLine = 64 / sizeof(T);
-  const int64_t left = ring_margin(win), padded = left - win.pad_w + std::max((win.out_w - 1) * S + K, s.w + win.pad_w);
-  const int64_t row_floats = padded * kLanes, together = small_images(s), outputs = win.out_h * win.out_w;
+  const RingRow ring(s.w, win);
+  const int64_t together = small_images(s), outputs = win.out_h * win.out_w;
   tasks.run([&](int64_t group, int64_t first, int64_t count) {
-    float* rows = scratch((together * s.h + 1) * row_floats + together * outputs * kLanes);
-    float* zeros = rows + together * s.h * row_floats;
-    float* sums = zeros + row_floats;
-    std::memset(rows, 0, (together * s.h + 1) * row_floats * sizeof(float));
+    float* rows = scratch((together * s.h + 1) * ring.floats + together * outputs * kLanes);
+    float* zeros = rows + together * s.h * ring.floats;
+    float* sums = zeros + ring.floats;
+    std::memset(rows, 0, (together * s.h + 1) * ring.floats * sizeof(float));
     std::vector<const float*> under(together * win.out_h * K);
-    for (int64_t row = 0; row < together * win.out_h; ++row)
+    std::vector<float*> to(together * win.out_h);
+    for (int64_t row = 0; row < together * win.out_h; ++row) {
+      to[row] = sums + row * win.out_w * kLanes;
       for (int64_t kh = 0; kh < K; ++kh) {
         const int64_t h = row % win.out_h * S - win.pad_h + kh;
-        under[row * K + kh] = h < 0 || h >= s.h ? zeros : rows + (row / win.out_h * s.h + h) * row_floats;
+        under[row * K + kh] = h < 0 || h >= s.h ? zeros : rows + (row / win.out_h * s.h + h) * ring.floats;
       }
+    }
     for (int64_t n = tasks.group_begin(group); n < tasks.group_begin(group + 1); n += together) {
       const int64_t images = std::min(together, tasks.group_begin(group + 1) - n);
       for (int64_t v = first; v < first + count; ++v)
         with_lanes(v, s.c, [&](auto lanes) {
           for (int64_t row = 0; row < images * s.h; ++row)
             fill_ring_row(x + (n * s.h + row) * s.w * s.c, s.w, kLine, s.c, v, 1, affine,
-                          rows + row * row_floats + left * kLanes, 0);
-          const auto keep = [&](int64_t row, int64_t ow, Vec sum) { store(sums + (row * win.out_w + ow) * kLanes, sum); };
-          dw_small_rows<W, K, K, S>(under.data(), K, images * win.out_h, win.out_w, left - win.pad_w,
-                                    weight + v * K * kernel_row, kernel_row, keep);
+                          rows + row * ring.floats + ring.left * kLanes, 0);
+          dw_small_rows<W, K, K, S>(under.data(), K, images * win.out_h, win.out_w, ring.first_read,
+                                    weight + v * K * kernel_row, kernel_row, to.data(), 0, 1);
           for (int64_t i = 0; i < images; ++i) {
             auto sink = on_outputs(group, n + i, v * kLanes, lanes, 0, outputs, kLine);
             do
@@ -317,8 +321,8 @@ inline void depthwise_forward(const T* x, const Shape& s, const Window& win, con
   constexpr int kRows = K <= 3 ? 4 : 8;
   constexpr int64_t kTogether = (kRows - K) / S + 1;  // output rows that the ring holds all inputs of, as in backward
   constexpr int64_t kernel_row = words_of<W>(K) * kLanes;
-  const int64_t left = ring_margin(win), padded = left - win.pad_w + std::max((win.out_w - 1) * S + K, s.w + win.pad_w);
-  const int64_t row_floats = padded * kLanes, vector_floats = kRows * row_floats;
+  const RingRow of_ring(s.w, win);
+  const int64_t vector_floats = kRows * of_ring.floats;
   tasks.run([&](int64_t group, int64_t first, int64_t count) {
     float* ring = scratch(count * vector_floats);
     std::memset(ring, 0, count * vector_floats * sizeof(float));
@@ -329,14 +333,14 @@ inline void depthwise_forward(const T* x, const Shape& s, const Window& win, con
         const int64_t bottom = std::min(top + kTogether, win.out_h);
         for (; filled < std::min(s.h, (bottom - 1) * S - win.pad_h + K); ++filled)
           fill_ring_row(image + filled * s.w * s.c, s.w, kTogether * S * s.w * s.c, s.c, first, count, affine,
-                        ring + filled % kRows * row_floats + left * kLanes, vector_floats);
+                        ring + filled % kRows * of_ring.floats + of_ring.left * kLanes, vector_floats);
         for (int64_t v = 0; v < count; ++v)
           with_lanes(first + v, s.c, [&](auto lanes) {
             for (int64_t oh = top; oh < bottom; ++oh) {
               const float* rows[K];
               for (int kh = 0; kh < K; ++kh) {
                 const int64_t h = oh * S - win.pad_h + kh;
-                const float* row = ring + v * vector_floats + h % kRows * row_floats + (left - win.pad_w) * kLanes;
+                const float* row = ring + v * vector_floats + h % kRows * of_ring.floats + of_ring.first_read * kLanes;
                 rows[kh] = h < 0 || h >= s.h ? nullptr : row;
               }
               auto sink = on_outputs(group, n, (first + v) * kLanes, lanes, oh * win.out_w, win.out_w,

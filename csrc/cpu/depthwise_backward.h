@@ -50,36 +50,41 @@ constexpr int reversed_row_words() {
   return S == 1 ? words_of<W>(K) : words_of<W>((K + 1) / 2) + words_of<W>(K / 2);
 }
 
+// Of the input columns of phase PW (of S): the kernel's taps and rows (of phase PH) that they meet, and where the words of
+// these begin in `pack_reversed`, with floats from kernel row to kernel row of the phase.
+template <class W, int K, int S, int PH, int PW>
+struct Phase {
+  static constexpr int kRows = (K - PH + S - 1) / S, kTaps = (K - PW + S - 1) / S;
+  static constexpr int kSkipped = PW == 0 ? 0 : words_of<W>((K + S - 1) / S);  // of the phase before in a kernel row
+  static constexpr int64_t kFirst = (PH * reversed_row_words<W, K, S>() + kSkipped) * kLanes;
+  static constexpr int64_t kKernelRow = S * reversed_row_words<W, K, S>() * kLanes;
+  static int64_t first_column(int64_t pad_w) { return ((PW - pad_w) % S + S) % S; }
+};
+
 // Gradients of the activated input, for the input columns of phase PW (of S) of one row. Input column iw meets the
 // kernel's columns PW, PW + S, ... , and so the output columns last, last - 1, ... with last = (iw + pad_w) / S: a
 // convolution of `dy` with the taps reversed. dy[j]: the row of output gradients under kernel row PH + S * j, pointing at
 // column 0, or null. `reversed`: the weights' words with the order of each kernel row's columns reversed, phase after phase.
 template <class W, int K, int S, int PH, int PW>
 inline void input_grad_columns(int64_t width, int64_t pad_w, const float* const* dy, const float* reversed, float* out) {
-  constexpr int kRows = (K - PH + S - 1) / S, kTaps = (K - PW + S - 1) / S;
-  constexpr int kSkipped = PW == 0 ? 0 : words_of<W>((K + S - 1) / S);  // of the phase before this one in a kernel row
-  constexpr int kRowWords = reversed_row_words<W, K, S>();
-  const int64_t iw = ((PW - pad_w) % S + S) % S;  // first column of the phase
+  using P = Phase<W, K, S, PH, PW>;
+  const int64_t iw = P::first_column(pad_w), last = (iw + pad_w) / S;
   if (iw >= width) return;
-  const int64_t last = (iw + pad_w) / S;
-  const float* rows[kRows];
-  for (int j = 0; j < kRows; ++j) rows[j] = dy[j] ? dy[j] + (last - kTaps + 1) * kLanes : nullptr;
+  const float* rows[P::kRows];
+  for (int j = 0; j < P::kRows; ++j) rows[j] = dy[j] ? dy[j] + (last - P::kTaps + 1) * kLanes : nullptr;
   const auto sink = [&](int64_t i, Vec da) { store(out + (iw + i * S) * kLanes, da); };
-  dw_row<W, kRows, kTaps, 1>(rows, reversed + (PH * kRowWords + kSkipped) * kLanes, S * kRowWords * kLanes,
-                             (width - iw + S - 1) / S, sink);
+  dw_row<W, P::kRows, P::kTaps, 1>(rows, reversed + P::kFirst, P::kKernelRow, (width - iw + S - 1) / S, sink);
 }
 
 // The same for the rows of small maps.
 template <class W, int K, int S, int PH, int PW>
 inline void small_input_grad_columns(int64_t width, int64_t pad_w, const PhaseRows<K>& rows, float* const* grads,
                                      const float* reversed) {
-  constexpr int kRows = (K - PH + S - 1) / S, kTaps = (K - PW + S - 1) / S;
-  constexpr int kSkipped = PW == 0 ? 0 : words_of<W>((K + S - 1) / S), kRowWords = reversed_row_words<W, K, S>();
-  const int64_t iw = ((PW - pad_w) % S + S) % S;
+  using P = Phase<W, K, S, PH, PW>;
+  const int64_t iw = P::first_column(pad_w), last = (iw + pad_w) / S;
   if (iw >= width || rows.count == 0) return;
-  const auto sink = [&](int64_t row, int64_t i, Vec da) { store(grads[row] + (iw + i * S) * kLanes, da); };
-  dw_small_rows<W, kRows, kTaps, 1>(rows.dy->data(), K, rows.count, (width - iw + S - 1) / S, (iw + pad_w) / S - kTaps + 1,
-                                    reversed + (PH * kRowWords + kSkipped) * kLanes, S * kRowWords * kLanes, sink);
+  dw_small_rows<W, P::kRows, P::kTaps, 1>(rows.dy->data(), K, rows.count, (width - iw + S - 1) / S, last - P::kTaps + 1,
+                                          reversed + P::kFirst, P::kKernelRow, grads, iw, S);
 }
 
 // Adds input rows' products to the weight's gradient, for `Rows` kernel rows from PH + S * first on: input column iw
@@ -88,9 +93,7 @@ inline void small_input_grad_columns(int64_t width, int64_t pad_w, const PhaseRo
 template <class W, int K, int S, int PH, int Rows>
 inline void weight_grad_rows(int64_t width, int64_t pad_w, const PhaseRows<K>& rows, int first, float* weight_grad) {
   Vec acc[Rows * K] = {};
-  const float* activated = nullptr;
-  const float* const* dy = nullptr;
-  const auto word = [&]<int PW>(int64_t iw) {
+  const auto word = [&]<int PW>(const float* activated, const std::array<const float*, K>& dy, int64_t iw) {
     if (iw >= width) return;
     const int64_t next = iw + S, last = (iw + pad_w) / S;
     const Vec a = W::pair(load(activated + iw * kLanes), next < width ? load(activated + next * kLanes) : Vec{});
@@ -106,14 +109,11 @@ inline void weight_grad_rows(int64_t width, int64_t pad_w, const PhaseRows<K>& r
     }
   };
   const auto words = [&]<int... PW>() {
-    for (int64_t row = 0; row < rows.count; ++row) {
-      activated = rows.activated[row];
-      dy = rows.dy[row].data();
+    for (int64_t row = 0; row < rows.count; ++row)
       for (int64_t iw = 0; iw < width; iw += S * W::kDepth) {
         int64_t column = iw;
-        (word.template operator()<PW>(column++), ...);
+        (word.template operator()<PW>(rows.activated[row], rows.dy[row], column++), ...);
       }
-    }
   };
   if constexpr (S == 1)
     words.template operator()<0>();
@@ -192,7 +192,7 @@ inline void store_grad_row(const InputRow& row, int64_t width, int64_t ahead, in
 // 0 from last to first, then those of phase 1.
 inline std::vector<float> pack_reversed(const Tensor& weight, const Shape& s, const Window& win, const Tensor& x) {
   const std::vector<float> taps = order_taps(weight, s, win);
-  std::vector<float> reversed(taps.size()), words;
+  std::vector<float> reversed(taps.size());
   std::vector<int64_t> order;
   for (int64_t phase = 0; phase < win.stride; ++phase)
     for (int64_t kw = win.kernel - 1; kw >= 0; --kw)
@@ -200,10 +200,7 @@ inline std::vector<float> pack_reversed(const Tensor& weight, const Shape& s, co
   for (size_t row = 0; row < taps.size(); row += win.kernel * kLanes)
     for (int64_t i = 0; i < win.kernel; ++i)
       std::memcpy(&reversed[row + i * kLanes], &taps[row + order[i] * kLanes], kLanes * sizeof(float));
-  dispatch(x, "x", [&](auto* type) {
-    words = pack_taps<Words<std::remove_pointer_t<decltype(type)>>>(reversed, win.kernel, win.stride);
-  });
-  return words;
+  return pack_taps(reversed, win.kernel, win.stride, x);
 }
 
 // `depthwise_backward` of small maps.

@@ -19,8 +19,8 @@ inline void expand_depthwise_image(const T* x, const Shape& s, const Window& win
   const int64_t words = s.c / W::kDepth, row_words = padded_row(s.c), vectors = (channels + kLanes - 1) / kLanes;
   const int64_t at_once = std::min(s.h, (kExpandedTogether + s.w - 1) / s.w), slots = K - 1 + at_once;
   constexpr int64_t kernel_row = words_of<W>(K) * kLanes;
-  const int64_t left = ring_margin(win);
-  const int64_t row_floats = (left - win.pad_w + std::max((win.out_w - 1) * S + K, s.w + win.pad_w)) * kLanes;
+  const RingRow of_ring(s.w, win);
+  const int64_t row_floats = of_ring.floats;
   float* ring = scratch(vectors * slots * row_floats + at_once * s.w * (row_words + kPanelColumns));
   float* rows = ring + vectors * slots * row_floats;
   float* sums = rows + at_once * s.w * row_words;
@@ -39,7 +39,7 @@ inline void expand_depthwise_image(const T* x, const Shape& s, const Window& win
           const Vec shift = load(expand_shift + vector * kLanes, lanes);
           const float* from = sums + v * kLanes;
           for (int64_t h = begin; h < end; ++h) {
-            float* to = ring + (vector * slots + h % slots) * row_floats + left * kLanes;
+            float* to = ring + (vector * slots + h % slots) * row_floats + of_ring.left * kLanes;
             write_columns<W>(to, s.w, [&](int64_t i) { return silu<T>(load(from + i * V * kLanes) + shift); });
             from += s.w * V * kLanes;
           }
@@ -61,7 +61,7 @@ inline void expand_depthwise_image(const T* x, const Shape& s, const Window& win
         const float* under[K];
         for (int kh = 0; kh < K; ++kh) {
           const int64_t h = top + kh;
-          const float* row = ring + (v * slots + h % slots) * row_floats + (left - win.pad_w) * kLanes;
+          const float* row = ring + (v * slots + h % slots) * row_floats + of_ring.first_read * kLanes;
           under[kh] = h < 0 || h >= s.h ? nullptr : row;
         }
         const int64_t row = win.out_w * channels;
