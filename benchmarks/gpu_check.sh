@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# For whoever has a GPU: builds the CUDA passes, proves them on the device, and measures. One report in JSON and Markdown.
+# For whoever has a GPU: builds the CUDA passes, proves them and Triton's on the device, and measures. One report in JSON and Markdown.
 #   benchmarks/gpu_check.sh [--dry-run] [folder of the report]
 # --dry-run runs what needs no GPU: the compiler's report of an extension already built, and tiny steps on the CPU.
 # Needs Python with torch >= 2.11 for CUDA, nvcc, and this package's test tools; runs from a source tree.
@@ -20,13 +20,13 @@ echo "== what is built, and what runs here"
 python -m effnet_fast.doctor | tee "$report/doctor.txt"
 
 echo "== parity on the device"
-python -m pytest -q tests/passes/test_cuda.py | tee "$report/parity.txt"
+python -m pytest -q tests/passes/test_gpu.py | tee "$report/parity.txt"
 
 if [ -z "$dry_run" ]; then
   echo "== compute-sanitizer"
   for checker in memcheck racecheck; do
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$checker" --error-exitcode 1 \
-      python -m pytest -q tests/passes/test_cuda.py -k small | tee "$report/$checker.txt"
+      python -m pytest -q tests/passes/test_gpu.py -k "small and cuda" | tee "$report/$checker.txt"
   done
 fi
 

@@ -1,6 +1,10 @@
-"""The CUDA passes on a GPU, against the reference in float64 on the CPU; tests/cuda_sim runs them without one."""
+"""The passes in CUDA C++ and in Triton on a GPU, against the reference in float64 on the CPU.
+
+tests/cuda_sim and tests/triton run them without a GPU.
+"""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -8,10 +12,13 @@ from torch import Tensor, nn
 
 from effnet_fast import create_model
 from effnet_fast.passes import reference
-from effnet_fast.passes.backend import passes_for, use_backend, with_products
+from effnet_fast.passes.backend import passes_for, resolve, use_backend, with_products
 from tests.passes.samples import CONVOLUTIONS, SHAPES, Call, depthwise_calls, elementwise_calls, product_calls
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.parametrize("backend", ["cuda", "triton"]),
+]
 
 # Relative to the largest value of an output. float32: some hundred roundings of 6e-8, and the device's exponential.
 # 16 bit: the storage's rounding of an activation, and sums of few such values.
@@ -24,9 +31,14 @@ def on_gpu(value: object) -> object:
     return value.cuda() if isinstance(value, Tensor) else value
 
 
-def check(call: Call, dtype: torch.dtype) -> None:
-    with use_backend("cuda"):
-        passes = passes_for(call.args[0].cuda())
+def passes_of(backend: str, x: Tensor) -> Any:
+    with use_backend(backend):
+        assert resolve(x) == backend
+        return passes_for(x)
+
+
+def check(backend: str, call: Call, dtype: torch.dtype) -> None:
+    passes = passes_of(backend, call.args[0].cuda())
     actual = getattr(passes, call.name)(*map(on_gpu, call.args))
     expected = getattr(reference, call.name)(*call.to_float64())
     if isinstance(actual, Tensor):
@@ -38,25 +50,26 @@ def check(call: Call, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES + ODD_CHANNELS, ids=str)
-def test_pointwise_passes(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+def test_pointwise_passes(backend: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     for call in elementwise_calls(shape, dtype):
-        check(call, dtype)
+        check(backend, call, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("kernel", "stride", "same"), CONVOLUTIONS)
 @pytest.mark.parametrize("shape", SHAPES + ODD_CHANNELS, ids=str)
-def test_depthwise_passes(shape, kernel: int, stride: int, same: bool, dtype: torch.dtype) -> None:
+def test_depthwise_passes(
+    backend: str, shape: tuple[int, int, int, int], kernel: int, stride: int, same: bool, dtype: torch.dtype
+) -> None:
     for call in depthwise_calls(shape, dtype, kernel, stride, same):
-        check(call, dtype)
+        check(backend, call, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_products(dtype: torch.dtype) -> None:
+def test_products(backend: str, dtype: torch.dtype) -> None:
     """Composed of the passes and PyTorch's matrix products, whose operands are rounded."""
     for call in product_calls((2, 16, 9, 7), dtype, 48):
-        with use_backend("cuda"):
-            actual = getattr(passes_for(call.args[0].cuda()), call.name)(*map(on_gpu, call.args))
+        actual = getattr(passes_of(backend, call.args[0].cuda()), call.name)(*map(on_gpu, call.args))
         expected = getattr(with_products(reference), call.name)(*call.to_float64())
         if isinstance(actual, Tensor):
             actual, expected = (actual,), (expected,)
@@ -66,24 +79,24 @@ def test_products(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_small(dtype: torch.dtype) -> None:
+def test_small(backend: str, dtype: torch.dtype) -> None:
     """Few enough blocks for compute-sanitizer, every kernel."""
     for shape in ((1, 16, 5, 6), (2, 5, 4, 3)):
         for call in elementwise_calls(shape, dtype):
-            check(call, dtype)
+            check(backend, call, dtype)
         for kernel, stride, same in CONVOLUTIONS:
             for call in depthwise_calls(shape, dtype, kernel, stride, same):
-                check(call, dtype)
+                check(backend, call, dtype)
 
 
-def test_a_run_repeats_bit_for_bit() -> None:
+def test_a_run_repeats_bit_for_bit(backend: str) -> None:
     for call in depthwise_calls((8, 96, 28, 28), torch.bfloat16, 5, 1, False):
-        passes = passes_for(call.args[0].cuda())
+        passes = passes_of(backend, call.args[0].cuda())
         first, again = (getattr(passes, call.name)(*map(on_gpu, call.args)) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-def test_a_training_step_is_captured_in_a_graph() -> None:
+def test_a_training_step_is_captured_in_a_graph(backend: str) -> None:
     torch.manual_seed(0)
     model = create_model("b0", drop_rate=0, drop_path_rate=0).cuda().to(memory_format=torch.channels_last).train()
     plain = copy.deepcopy(model)
@@ -96,7 +109,7 @@ def test_a_training_step_is_captured_in_a_graph() -> None:
     state = copy.deepcopy(model.state_dict())
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with use_backend("cuda"):
+    with use_backend(backend):
         with torch.cuda.stream(stream):  # cuBLAS and the allocator want to be warm
             step(model)
         torch.cuda.current_stream().wait_stream(stream)
@@ -110,3 +123,22 @@ def test_a_training_step_is_captured_in_a_graph() -> None:
     torch.cuda.synchronize()
     for (name, captured), direct in zip(model.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(captured.grad, direct.grad, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_step_of_a_model(backend: str) -> None:
+    """Loss and every gradient of a B0 in float32, as plain PyTorch has them in float64."""
+    torch.manual_seed(0)
+    model = create_model("b0", 10, drop_rate=0, drop_path_rate=0).cuda().to(memory_format=torch.channels_last).train()
+    wide = copy.deepcopy(model).double()
+    images = torch.randn(16, 3, 96, 80, device="cuda").contiguous(memory_format=torch.channels_last)
+    labels = torch.arange(16, device="cuda") % 10
+    with use_backend(backend):
+        loss = nn.functional.cross_entropy(model(images), labels)
+        loss.backward()
+    expected = nn.functional.cross_entropy(wide(images.double()), labels)
+    expected.backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    for (name, p), q in zip(model.named_parameters(), wide.parameters(), strict=True):
+        # Some 50 layers of BatchNorm, each of which may double a rounding.
+        error = ((p.grad - q.grad).norm() / q.grad.norm().clamp_min(1e-6)).item()
+        assert error < 2e-3, f"{name}: {error}"
