@@ -16,6 +16,6 @@ extern "C" void depthwise_plan(bool backward, int64_t n, int c, int h, int w, in
   const Shape s{n, c, h, w};
   const Window win{kernel, stride, pad, pad, ceil_div(h, stride), ceil_div(w, stride)};
   const DepthwisePlan p = backward ? backward_plan(s, win, vector, multiprocessors) : forward_plan(s, win, vector, multiprocessors);
-  const int fields[] = {p.channels, p.groups, p.columns, p.strips, p.rows, p.segments, p.threads, p.parts};
+  const int fields[] = {kGroup, p.groups, p.columns, p.strips, p.rows, p.segments, p.threads, p.parts};
   std::copy(std::begin(fields), std::end(fields), plan);
 }

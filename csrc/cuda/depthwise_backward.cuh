@@ -1,46 +1,66 @@
 // Depthwise convolution, backward: one sweep gives the input's gradient, the weight's gradient and the sums of the
-// input's BatchNorm. A block marches down the rows of the output's gradient, which are formed on load from (grad, y),
-// 16 bytes a thread, and shared. A thread holds one channel of one position: `stride` input columns. It slides a window
-// of K input rows down, with what each row has gathered so far and its activated value, and meets each gradient of the
-// output twice while it is in a register: for the input's gradient, and for the weight's.
+// input's BatchNorm. A block marches down the rows of the output's gradient, a few at a time: rows of (grad, y) and of x
+// are copied to shared memory well ahead, 16 bytes a thread, and the output's gradient is formed from the former two. A
+// thread holds one channel of one position: `stride` input columns. It slides a window of K input rows down, with what
+// each row has gathered so far and its activated value, and meets each gradient of the output twice while it is in a
+// register: for the input's gradient, and for the weight's.
 #pragma once
 
-#include "depthwise.cuh"
+#include "operands.h"
+#include "sheet.cuh"
 
 namespace effnet_fast {
 
-template <int K, int S>
+// The shared memory of a block: two buffers of rows of the output's gradient, `kSets` sets of rows of grad, y and x on
+// their way, what a thread keeps of the rows in its window, the operands of the output's gradient.
+template <class T, int K, int S>
 struct BackwardShape {
   static constexpr int kColumns = (K + S - 1) / S;  // output columns, and rows, that one position meets
-  static constexpr int width(int columns) { return columns + kColumns - 1; }
+  static constexpr int kSets = 3;
   static constexpr int kOperands = 7;  // of OutputGrad
-  // Two buffers of a row, or the partial weight gradients of one kernel row; then the operands.
-  static int operands_at(const DepthwisePlan& plan) {
-    return std::max(2 * width(plan.columns), K * plan.columns) * plan.channels;
+  // output columns; rows a step; floats of a buffer; values of the rows of grad or y, and of x, in a set; floats before
+  // what is kept and before the operands
+  int width, step, buffer, grads, inputs, kept, operands, bytes;
+
+  // In the 99 KB that a block may have on every GPU with asynchronous copies: one block is all that the registers of a
+  // multiprocessor hold, and three rows in flight of three tensors are what keeps its memory busy.
+  explicit BackwardShape(const DepthwisePlan& plan) {
+    constexpr int kFloat = sizeof(float), kValue = sizeof(T);
+    width = plan.columns + kColumns - 1;
+    const int grad_row = width * kGroup, input_row = S * S * plan.columns * kGroup;
+    const int kept_floats = 2 * K * S * plan.threads, operand_floats = kOperands * kGroup;
+    step = plan.step_rows(kColumns - 1, grad_row * 2 * kFloat + kSets * (2 * grad_row + input_row) * kValue,
+                          (96 << 10) - (kept_floats + operand_floats) * kFloat);
+    buffer = grads = step * grad_row;
+    inputs = step * input_row;
+    kept = 2 * buffer + kSets * (2 * grads + inputs) * kValue / kFloat;
+    operands = kept + kept_floats;
+    bytes = std::max(operands + operand_floats, K * plan.columns * kGroup) * kFloat;
   }
-  static int shared_floats(const DepthwisePlan& plan) { return operands_at(plan) + kOperands * plan.channels; }
 };
 
 // weight_partials [parts, K * K, C], sum_partials [parts, 2, C] (sums of g and g * hat; zeros without a norm).
 // norm: of the BatchNorm + SiLU between the input and the convolution, or nulls.
 // The windows and both sets of weights take 24 registers at 3x3 and 60 at 5x5, where 50 products for 8 bytes make
-// arithmetic the bound: more than one block of 14 warps, each with its next row in flight, would only spill.
+// arithmetic the bound: more than one block of 14 warps would only spill.
 template <class T, int K, int S, int V>
 __global__ void __launch_bounds__(backward_threads(K, S), 1)
     depthwise_backward_kernel(const T* __restrict__ grad, const T* __restrict__ y, const T* __restrict__ x,
                               const float* __restrict__ weight, OutputGrad op, Normalization norm, T* __restrict__ dx,
                               float* __restrict__ weight_partials, float* __restrict__ sum_partials, Shape s, Window win,
-                              DepthwisePlan plan, int operands_at) {
-  using Backward = BackwardShape<K, S>;
-  constexpr int kColumns = Backward::kColumns;
+                              DepthwisePlan plan, BackwardShape<T, K, S> shape) {
+  using Backward = BackwardShape<T, K, S>;
+  constexpr int kColumns = Backward::kColumns, kSets = Backward::kSets;
   EFFNET_FAST_SHARED(shared);
-  const int width = Backward::width(plan.columns);
-  const Place place(plan, s.c, plan.columns);
+  const Place place(plan, s.c);
   const int c = place.c0 + place.lane;
-  float* operands = shared + operands_at;  // [7][channel]
+  T* sets = reinterpret_cast<T*>(shared + 2 * shape.buffer);
+  const int set_values = 2 * shape.grads + shape.inputs;
+  float* kept = shared + shape.kept + 2 * threadIdx.x;  // [row % K][column][thread]: SiLU's slope, and x - mean
+  float* operands = shared + shape.operands;  // [7][channel]
   const auto stage = [&](int which, const float* from, float otherwise = 0) {
     for (int i = threadIdx.x; i < place.count; i += blockDim.x)
-      operands[which * plan.channels + i] = from ? from[i] : otherwise;
+      operands[which * kGroup + i] = from ? from[i] : otherwise;
   };
   if (op.scale) {
     stage(0, op.scale + place.c0);
@@ -59,140 +79,129 @@ __global__ void __launch_bounds__(backward_threads(K, S), 1)
       in_mean = norm.mean[c];
     }
   }
-  const int vectors = plan.channels / V, row_vectors = width * vectors;
-  const int row_end = first_position(win.pad_h, S) + positions(s.h, win.pad_h, S);
+  const Sharing<V> grad_sharing(shape.width), input_sharing(plan.columns * S);
+  const int first_row = first_position(win.pad_h, S), row_end = first_row + positions(s.h, win.pad_h, S);
 
   const int tile_end = Tile::first_of(place.part + 1, plan);
   for (int t = Tile::first_of(place.part, plan); t < tile_end; ++t) {
-    Tile tile(t, plan, row_end - first_position(win.pad_h, S));
-    tile.row += first_position(win.pad_h, S);
-    tile.row_end += first_position(win.pad_h, S);
+    Tile tile(t, plan, row_end - first_row);
+    tile.row += first_row;
+    tile.row_end += first_row;
     tile.column += first_position(win.pad_w, S);
     const int64_t of_image = (int64_t)tile.image * s.c + place.c0;
     stage(5, op.gate ? op.gate + of_image : nullptr, 1);
     stage(6, op.pooled_grad ? op.pooled_grad + of_image : nullptr);
-    __syncthreads();
 
-    // A row of the output's gradient: columns from tile.column - (kColumns - 1) on.
-    const int first_column = tile.column - (kColumns - 1);
+    // Positions [first, tile.row_end), the rows of the output's gradient that the tile meets. With position m, rows
+    // m * S - pad + K - S + [0, S) enter the window and m * S - pad + [0, S) leave it.
+    const int first = tile.row - (kColumns - 1), steps = ceil_div(tile.row_end - first, shape.step);
     const int64_t output_image = (int64_t)tile.image * win.out_h * win.out_w * s.c + place.c0;
-    const auto offset_of = [&](int i, int row) {
-      const int column = first_column + i / vectors, vector = i % vectors;
-      const bool inside = i < row_vectors && row >= 0 && row < win.out_h && column >= 0 && column < win.out_w &&
-                          vector * V < place.count;
-      return inside ? (row * win.out_w + column) * s.c + vector * V : -1;
-    };
-    const auto put = [&](int i, int offset, const Packet<T, V>& grads, const Packet<T, V>& ys, float* buffer) {
-      if (i >= row_vectors) return;
-      constexpr int U = V == 1 ? 1 : 2;  // channels at a time: few, for few registers
-      float dy[V] = {}, value[V] = {};
-      if (offset >= 0) {
-        grads.unpack(dy);
-        ys.unpack(value);
-      }
-      const int channel = i % vectors * V;
-#pragma unroll
-      for (int k0 = 0; k0 < V; k0 += U) {
-        if (op.scale && offset >= 0) {
-          const float* mine = operands + channel + k0;
-          float scale[U], other[U], slope[U];
-          load_shared(mine, scale);
-          load_shared(mine + plan.channels, other);
-#pragma unroll
-          for (int k = 0; k < U; ++k) {
-            const float u = value[k0 + k] * scale[k] + other[k], sig = sigmoid(u);
-            slope[k] = silu_slope(sig, u * sig) * scale[k];
-          }
-          float gate[U], pooled[U], mean[U], a[U], b[U];
-          load_shared(mine + 2 * plan.channels, mean);
-          load_shared(mine + 3 * plan.channels, a);
-          load_shared(mine + 4 * plan.channels, b);
-          load_shared(mine + 5 * plan.channels, gate);
-          load_shared(mine + 6 * plan.channels, pooled);
-#pragma unroll
-          for (int k = 0; k < U; ++k)
-            dy[k0 + k] = (dy[k0 + k] * gate[k] + pooled[k]) * slope[k] + ((value[k0 + k] - mean[k]) * b[k] + a[k]);
+    Origin<T> of_grad{grad + output_image, 0, tile.column - (kColumns - 1), win.out_h, win.out_w, s.c};
+    Origin<T> of_input{x + tile.image * s.pixels() * s.c + place.c0, 0, tile.column * S - win.pad_w, s.h, s.w, s.c};
+    const auto copy = [&](int step) {
+      if (step < steps) {
+        T* set = sets + step % kSets * set_values;
+        of_grad.row = first + step * shape.step;
+        of_input.row = of_grad.row * S - win.pad_h + K - S;
+        copy_sheet(set, of_grad, shape.step, place.count, grad_sharing);
+        if (op.scale) {
+          Origin<T> of_y = of_grad;
+          of_y.image = y + output_image;
+          copy_sheet(set + shape.grads, of_y, shape.step, place.count, grad_sharing);
         }
-        const float(&stored)[U] = reinterpret_cast<const float(&)[U]>(dy[k0]);
-        store_shared(buffer + i * V + k0, stored);
+        copy_sheet(set + 2 * shape.grads, of_input, shape.step * S, place.count, input_sharing);
       }
+      close_copies();
     };
-    const auto load = [&](const T* from, int offset) {
-      Packet<T, V> packet{};
-      if (from && offset >= 0) packet = Packet<T, V>::load(from + (output_image + offset));
-      return packet;
+    // The output's gradient, from this thread's own copies of grad and y.
+    const auto form = [&](int step, float* buffer) {
+      const T *grads = sets + step % kSets * set_values, *ys = grads + shape.grads;
+      of_grad.row = first + step * shape.step;
+      grad_sharing.each(shape.step, [&](int pixel, int r, int column) {
+        constexpr int U = V == 1 ? 1 : 4;  // channels at a time
+        const int at = pixel * kGroup + grad_sharing.channel;
+        float dy[V], value[V];
+        Packet<T, V>::load(grads + at).unpack(dy);
+        const bool inside = op.scale && of_grad.inside(r, column) && grad_sharing.channel < place.count;
+        if (inside) Packet<T, V>::load(ys + at).unpack(value);
+#pragma unroll
+        for (int k0 = 0; k0 < V; k0 += U) {
+          float(&few)[U] = reinterpret_cast<float(&)[U]>(dy[k0]);
+          const int channel = grad_sharing.channel + k0;
+          if (inside) {
+            const float* mine = operands + channel;
+            float scale[U], other[U], slope[U];
+            load_shared(mine, scale);
+            load_shared(mine + kGroup, other);
+#pragma unroll
+            for (int k = 0; k < U; ++k) {
+              const float u = value[k0 + k] * scale[k] + other[k], sig = sigmoid(u);
+              slope[k] = silu_slope(sig, u * sig) * scale[k];
+            }
+            load_shared(mine + 5 * kGroup, scale);  // the gate
+            load_shared(mine + 6 * kGroup, other);  // pooled_grad
+#pragma unroll
+            for (int k = 0; k < U; ++k) few[k] = (few[k] * scale[k] + other[k]) * slope[k];
+            load_shared(mine + 2 * kGroup, scale);  // the mean
+            load_shared(mine + 4 * kGroup, other);  // b
+            load_shared(mine + 3 * kGroup, slope);  // a
+#pragma unroll
+            for (int k = 0; k < U; ++k) few[k] += (value[k0 + k] - scale[k]) * other[k] + slope[k];
+          }
+          store_shared(buffer + pixel * kGroup + swapped(channel, column), few);
+        }
+      });
     };
-    const auto put_rest = [&](int row, float* buffer) {  // of tiles so narrow that a thread has more than one vector
-      for (int i = threadIdx.x + blockDim.x; i < row_vectors; i += blockDim.x) {
-        const int offset = offset_of(i, row);
-        put(i, offset, load(grad, offset), load(y, offset), buffer);
-      }
-    };
+    __syncthreads();  // and the last tile's rows are read
+#pragma unroll
+    for (int step = 0; step < kSets - 1; ++step) copy(step);
 
-    // The thread's input columns, and where they lie; rows enter the window S at a time.
+    // The thread's input columns, and the rows that are the tile's.
     const int column = (tile.column + place.column) * S - win.pad_w;
-    const int owned = tile.row * S - win.pad_h, owned_end = min(s.h, tile.row_end * S - win.pad_h);
-    const int64_t input_image = tile.image * s.pixels() * s.c + c;
+    const int owned = max(tile.row * S - win.pad_h, 0), owned_end = min(s.h, tile.row_end * S - win.pad_h);
     const auto inside = [&](int row, int p) {
-      return place.active && row >= max(owned, 0) && row < owned_end && column + p >= 0 && column + p < s.w;
+      return place.active && row >= owned && row < owned_end && column + p >= 0 && column + p < s.w;
     };
-    const auto load_x = [&](int step, Packet<T, 1> (&entering)[S][S]) {
-#pragma unroll
-      for (int r = 0; r < S; ++r)
-#pragma unroll
-        for (int p = 0; p < S; ++p) {
-          const int row = step * S - win.pad_h + K - S + r;
-          entering[r][p] = {};
-          if (inside(row, p)) entering[r][p] = Packet<T, 1>::load(x + (input_image + (row * s.w + column + p) * s.c));
-        }
+    const auto keep = [&](int of_slot, int p) -> float2& {
+      const int in_turn = of_slot < K ? of_slot : of_slot - K;
+      return *reinterpret_cast<float2*>(kept + (in_turn * S + p) * 2 * blockDim.x);
     };
-
-    const int first = tile.row - (kColumns - 1);
-    Packet<T, 1> entering[S][S];
-    load_x(first, entering);
-    {
-      const int offset = offset_of(threadIdx.x, first);
-      put(threadIdx.x, offset, load(grad, offset), load(y, offset), shared);
-      put_rest(first, shared);
-    }
-    __syncthreads();
-
     float acc[K][S] = {}, activated[K][S] = {};
-    for (int step = first; step < tile.row_end; ++step) {
-      const bool more = step + 1 < tile.row_end;
-      float* buffer = shared + ((step - first) & 1) * width * plan.channels;
-      float* other = shared + ((step - first + 1) & 1) * width * plan.channels;
-      // the window slides by S rows
+    int row = first * S - win.pad_h, slot = 0;  // the window's first row; where the row that enters is kept
+    int64_t at = (tile.image * s.pixels() + (int64_t)row * s.w + column) * s.c + c;
+    for (int step = 0; step < steps; ++step) {
+      float* buffer = shared + (step & 1) * shape.buffer;
+      wait_for_copies<kSets - 2>();
+      form(step, buffer);
+      __syncthreads();
+      copy(step + kSets - 1);  // over what was read before that barrier
+      const float* from = buffer + (place.column + kColumns - 1) * kGroup;
+      const T* entering = sets + step % kSets * set_values + 2 * shape.grads + place.column * S * kGroup + place.lane;
+      const int position_end = min(shape.step, tile.row_end - first - step * shape.step);
+      for (int r = 0; r < position_end; ++r) {
+        // the window slides by S rows
 #pragma unroll
-      for (int kh = 0; kh < K; ++kh)
+        for (int kh = 0; kh < K; ++kh)
 #pragma unroll
-        for (int p = 0; p < S; ++p) {
-          acc[kh][p] = kh + S < K ? acc[kh + S][p] : 0.f;
-          if (kh + S < K) {
-            activated[kh][p] = activated[kh + S][p];
-            continue;
+          for (int p = 0; p < S; ++p) {
+            acc[kh][p] = kh + S < K ? acc[kh + S][p] : 0.f;
+            if (kh + S < K) {
+              activated[kh][p] = activated[kh + S][p];
+              continue;
+            }
+            const int enters = kh + S - K;
+            float entered[1];
+            Packet<T, 1>::load(entering + (enters * plan.columns * S + p) * kGroup).unpack(entered);
+            if (norm.scale) {
+              const float u = entered[0] * in_scale + in_shift, sig = sigmoid(u), z = u * sig;
+              keep(slot + enters, p) = make_float2(silu_slope(sig, z), entered[0] - in_mean);
+              entered[0] = z;
+            }
+            activated[kh][p] = inside(row + kh, p) ? entered[0] : 0.f;
           }
-          const int r = kh + S - K;
-          float entered[1];
-          entering[r][p].unpack(entered);
-          if (norm.scale) {
-            const float u = entered[0] * in_scale + in_shift;
-            entered[0] = u * sigmoid(u);
-          }
-          activated[kh][p] = inside(step * S - win.pad_h + kh, p) ? entered[0] : 0.f;
-        }
-      int offset = -1;
-      Packet<T, V> grads{}, ys{};
-      if (more) {
-        load_x(step + 1, entering);
-        offset = offset_of(threadIdx.x, step + 1);
-        grads = load(grad, offset);
-        ys = load(y, offset);
-      }
-      if (place.active) {
 #pragma unroll
         for (int i = 0; i < kColumns; ++i) {
-          const float dy = buffer[(place.column + kColumns - 1 - i) * plan.channels + place.lane];
+          const float dy = from[swapped(place.lane, place.column + kColumns - 1 - i) - i * kGroup];
 #pragma unroll
           for (int p = 0; p < S; ++p) {
             const int kw = S * i + p;
@@ -205,31 +214,29 @@ __global__ void __launch_bounds__(backward_threads(K, S), 1)
           }
         }
 #pragma unroll
-        for (int r = 0; r < S; ++r)  // these rows have met all that they meet
+        for (int leaves = 0; leaves < S; ++leaves)  // these rows have met all that they meet
 #pragma unroll
           for (int p = 0; p < S; ++p) {
-            const int row = step * S - win.pad_h + r;
-            if (!inside(row, p)) continue;
-            const int64_t at = input_image + (row * s.w + column + p) * s.c;
+            if (!inside(row + leaves, p)) continue;
+            T* to = dx + at + (leaves * s.w + p) * s.c;
             if (!norm.scale) {
-              Packet<T, 1>::pack({acc[r][p]}).store(dx + at);
+              Packet<T, 1>::pack({acc[leaves][p]}).store(to);
               continue;
             }
-            float value[1], rounded[1];
-            Packet<T, 1>::load(x + at).unpack(value);  // again: cheaper than registers, and still in the nearest cache
-            const float u = value[0] * in_scale + in_shift, sig = sigmoid(u);
-            const Packet<T, 1> stored = Packet<T, 1>::pack({acc[r][p] * silu_slope(sig, u * sig)});
-            stored.store(dx + at);
+            const float2 of_x = keep(slot + S + leaves, p);
+            float rounded[1];
+            const Packet<T, 1> stored = Packet<T, 1>::pack({acc[leaves][p] * of_x.x});
+            stored.store(to);
             stored.unpack(rounded);
             sum += rounded[0];
-            product += rounded[0] * (value[0] - in_mean);
+            product += rounded[0] * of_x.y;
           }
+        slot = slot + S < K ? slot + S : slot + S - K;
+        row += S;
+        at += (int64_t)S * s.w * s.c;
+        from += shape.width * kGroup;
+        entering += S * plan.columns * S * kGroup;
       }
-      if (more) {
-        put(threadIdx.x, offset, grads, ys, other);
-        put_rest(step + 1, other);
-      }
-      __syncthreads();
     }
   }
 
@@ -240,14 +247,13 @@ __global__ void __launch_bounds__(backward_threads(K, S), 1)
       const int i = k / place.count, lane = k % place.count;
       float total = 0;
       for (int position = 0; position < plan.columns; ++position)
-        total += shared[(i * plan.columns + position) * plan.channels + lane];
+        total += shared[(i * plan.columns + position) * kGroup + lane];
       out[(int64_t)i * s.c + place.c0 + lane] = total;
     }
     __syncthreads();
   };
-  const auto leave = [&](int i, float value) {
-    if (place.active) shared[(i * plan.columns + place.column) * plan.channels + place.lane] = value;
-  };
+  const auto leave = [&](int i, float value) { shared[i * blockDim.x + threadIdx.x] = value; };
+  __syncthreads();
 #pragma unroll
   for (int kh = 0; kh < K; ++kh) {
 #pragma unroll

@@ -67,6 +67,32 @@ struct Packet {
   }
 };
 
+// A packet from global to shared memory, zeros if not `inside`. Where the GPU can, 16 bytes travel on their own:
+// `close_copies` after some, and `wait_for_copies<N>` waits for all but the last N such closed sets of this thread.
+template <class T, int V>
+__device__ __forceinline__ void copy_packet(T* shared, const T* from, bool inside) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  if constexpr (V * sizeof(T) == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((unsigned)__cvta_generic_to_shared(shared)),
+                 "l"(from), "r"(inside ? 16 : 0)
+                 : "memory");
+    return;
+  }
+#endif
+  (inside ? Packet<T, V>::load(from) : Packet<T, V>{}).store(shared);
+}
+__device__ __forceinline__ void close_copies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int N>
+__device__ __forceinline__ void wait_for_copies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+#endif
+}
+
 template <int V>
 __device__ __forceinline__ void load_floats(const float* from, float (&values)[V]) {
 #pragma unroll

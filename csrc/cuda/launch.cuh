@@ -22,6 +22,14 @@ void with_window(const Window& w, const F& f) {
   return w.stride == 1 ? f.template operator()<7, 1>() : f.template operator()<7, 2>();
 }
 
+// Lets a kernel have more than the 48 KB of shared memory that every kernel has.
+template <class Kernel>
+void allow_shared(Kernel* kernel, int bytes) {
+#ifndef EFFNET_FAST_SIMULATED
+  if (bytes > 48 << 10) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+#endif
+}
+
 inline void sum_parts(const float* partials, int64_t parts, int64_t rows, int64_t columns, bool transpose, float* out,
                       const Launch& on) {
   const int64_t blocks = ceil_div<int64_t>(rows * columns, kFinalValues);
@@ -103,10 +111,10 @@ template <class T, int K, int S, int V, class Sink>
 void launch_depthwise(const T* x, const float* weight, const InputAffine& input, const Sink& sink, const Shape& s,
                       const Window& w, const DepthwisePlan& plan, const Launch& on) {
   const auto kernel = depthwise_kernel<T, K, S, V, Sink>;
-  const int floats = ForwardShape<K, S>::shared_floats(plan);
+  const ForwardShape<T, K, S> shape(plan);
   if (plan.tiles > 0)
-    EFFNET_FAST_LAUNCH(kernel, (int64_t)plan.parts * plan.groups, plan.threads, floats * (int)sizeof(float), on.stream, x, weight,
-                       input, sink, s, w, plan, floats - 2 * plan.channels);
+    EFFNET_FAST_LAUNCH(kernel, (int64_t)plan.parts * plan.groups, plan.threads, shape.bytes, on.stream, x, weight, input,
+                       sink, s, w, plan, shape);
 }
 
 template <class T>
@@ -145,11 +153,11 @@ void Passes<T>::backward_dwconv(const T* grad, const T* y, const T* x, const flo
   with_vector<T>(on, [&]<int V>() {
     with_window(w, [&]<int K, int S>() {
       const auto kernel = depthwise_backward_kernel<T, K, S, V>;
-      using Backward = BackwardShape<K, S>;
-      if (plan.tiles > 0)
-        EFFNET_FAST_LAUNCH(kernel, (int64_t)plan.parts * plan.groups, plan.threads,
-                           Backward::shared_floats(plan) * (int)sizeof(float), on.stream, grad, y, x, weight, op, norm, dx,
-                           partials, sum_partials, s, w, plan, Backward::operands_at(plan));
+      const BackwardShape<T, K, S> shape(plan);
+      if (plan.tiles == 0) return;
+      allow_shared(kernel, shape.bytes);
+      EFFNET_FAST_LAUNCH(kernel, (int64_t)plan.parts * plan.groups, plan.threads, shape.bytes, on.stream, grad, y, x, weight,
+                         op, norm, dx, partials, sum_partials, s, w, plan, shape);
     });
   });
   sum_parts(partials, plan.parts, taps, s.c, true, dweight, on);

@@ -45,38 +45,47 @@ struct PixelPlan {
   }
 };
 
-// Depthwise passes. A block takes `channels` channels and marches down the rows of a tile: a strip of `columns` columns
-// and a segment of `rows` rows of one image. It takes one tile after another and leaves one set of partial sums.
-struct DepthwisePlan {
-  int vector, channels, groups, columns, strips, rows, segments, threads, tiles, parts;
+constexpr int kGroup = 32;  // channels of a block of the depthwise passes: a warp's threads, 64 bytes or more of a pixel
 
-  // columns_per_thread: how many of its columns one thread computes. most_blocks: about as many as run at once, since
-  // each leaves partial sums.
+// Depthwise passes. A block takes a group of channels and marches down the rows of a tile: a strip of `columns` columns
+// and a segment of `rows` rows of one image, a few rows at a time. It takes one tile after another and leaves one set of
+// partial sums.
+struct DepthwisePlan {
+  int vector, groups, columns, strips, rows, segments, threads, tiles, parts;
+
+  // columns_per_thread: how many of its columns one thread computes. most_blocks: of that many threads, as many as run
+  // at once, since each leaves partial sums and all should end together.
   DepthwisePlan(int64_t n, int c, int vector, int height, int width, int columns_per_thread, int max_threads,
-                int multiprocessors, int most_blocks)
+                int resident_threads, int multiprocessors)
       : vector(vector) {
-    const int most = max_threads / 16 * columns_per_thread;
-    strips = ceil_div(width, most);
+    groups = ceil_div(c, kGroup);
+    strips = ceil_div(width, max_threads / kGroup * columns_per_thread);
     columns = ceil_div(ceil_div(width, strips), columns_per_thread) * columns_per_thread;
     strips = ceil_div(width, columns);
-    const int column_threads = columns / columns_per_thread;
-    const int lanes = column_threads * 32 <= max_threads ? 32 : 16;
-    channels = ceil_div(ceil_div(c, ceil_div(c, lanes)), vector) * vector;
-    groups = ceil_div(c, channels);
-    threads = ceil_div(column_threads * channels, 32) * 32;
+    threads = columns / columns_per_thread * kGroup;
+    const int64_t blocks = (int64_t)multiprocessors * std::max(1, resident_threads / threads);
     // short segments re-read rows, so only where there are too few tiles to go round
-    const int64_t wanted = ceil_div<int64_t>(2 * multiprocessors, std::max<int64_t>(1, n * strips * groups));
+    const int64_t wanted = ceil_div<int64_t>(blocks, std::max<int64_t>(1, n * strips * groups));
     segments = (int)std::min<int64_t>(wanted, ceil_div(height, 8));
     rows = ceil_div(height, segments);
     segments = ceil_div(height, rows);
     tiles = (int)(n * strips * segments);
-    parts = std::min(tiles, std::max(1, most_blocks / groups));
+    parts = (int)std::min<int64_t>(tiles, std::max<int64_t>(1, blocks / groups));
+  }
+
+  // Rows that a block takes at a time, of the `margin` more than its tile's that it marches over: few barriers and many
+  // loads in flight, within the shared memory that is given.
+  int step_rows(int margin, int bytes_per_row, int bytes) const {
+    const int most = std::clamp(bytes / bytes_per_row, 1, 4);
+    return ceil_div(rows + margin, ceil_div(rows + margin, most));
   }
 };
 
 constexpr int kForwardColumns = 2;  // columns of a thread in the forward pass
-constexpr int forward_threads(int kernel) { return kernel == 7 ? 256 : 448; }  // 448: 28 columns of 16 channels
-// Fewer where a thread needs more than the 128 registers that 448 leave it.
+constexpr int forward_threads(int kernel, int stride) { return stride == 2 ? 224 : kernel == 7 ? 256 : 448; }
+// Of a multiprocessor, as the kernels' registers allow.
+constexpr int forward_resident(int kernel) { return kernel == 3 ? 896 : 448; }
+// Fewer where a thread needs more than the 144 registers that 448 leave it.
 constexpr int backward_threads(int kernel, int stride) {
   return kernel == 7 ? 256 : kernel == 5 && stride == 2 ? 384 : 448;
 }
@@ -89,9 +98,9 @@ inline DepthwisePlan forward_plan(const Shape& s, const Window& w, int vector, i
           w.out_h,
           w.out_w,
           kForwardColumns,
-          forward_threads(w.kernel),
-          multiprocessors,
-          4 * multiprocessors};
+          forward_threads(w.kernel, w.stride),
+          forward_resident(w.kernel),
+          multiprocessors};
 }
 
 // The backward pass marches over positions: position m covers the input rows (or columns) m * stride - pad + [0, stride).
@@ -99,15 +108,16 @@ constexpr int first_position(int pad, int stride) { return pad / stride; }
 constexpr int positions(int size, int pad, int stride) { return (size - 1 + pad) / stride - pad / stride + 1; }
 
 inline DepthwisePlan backward_plan(const Shape& s, const Window& w, int vector, int multiprocessors) {
+  const int threads = backward_threads(w.kernel, w.stride);
   return {s.n,
           s.c,
           vector,
           positions(s.h, w.pad_h, w.stride),
           positions(s.w, w.pad_w, w.stride),
           1,
-          backward_threads(w.kernel, w.stride),
-          multiprocessors,
-          2 * multiprocessors};
+          threads,
+          threads,
+          multiprocessors};
 }
 
 }  // namespace effnet_fast
