@@ -11,7 +11,7 @@ namespace effnet_fast {
 // Stores y and keeps its statistics; partials [parts, 4, C] as those of channel_stats.
 template <class T>
 struct StatisticsSink {
-  T* y;
+  T* out;
   float* partials;
 
   struct Sums {
@@ -19,10 +19,17 @@ struct StatisticsSink {
     int count;
   };
   __device__ __forceinline__ Sums begin(int) const { return {{}, 0}; }
-  __device__ __forceinline__ void take(Sums& sums, int64_t at, float value) const {
-    Packet<T, 1>::pack({value}).store(y + at);
-    sums.sums.add(value, sums.count == 0);
-    ++sums.count;
+  // The first `columns` of a row's values, `stride` apart.
+  template <int Q>
+  __device__ __forceinline__ void take(Sums& sums, T* to, int stride, const float (&values)[Q], int columns) const {
+    if (sums.count == 0) sums.sums.first = values[0];
+    sums.count += columns;
+#pragma unroll
+    for (int q = 0; q < Q; ++q)
+      if (q < columns) {
+        Packet<T, 1>::pack({values[q]}).store(to + q * stride);
+        sums.sums.add(values[q], false);
+      }
   }
   // `shared`: four floats a thread, [4][column thread][channel].
   __device__ __forceinline__ void finish(const Sums& sums, float* shared, const Place& place, const DepthwisePlan&,
@@ -50,7 +57,7 @@ struct StatisticsSink {
 // Stores SiLU(y * scale + shift) and sums it; partials [tiles of an image, N, C]. For blocks of one tile.
 template <class T>
 struct AffineSink {
-  T* z;
+  T* out;
   const float *scale, *shift;
   float* partials;
 
@@ -58,10 +65,15 @@ struct AffineSink {
     float scale, shift, sum;
   };
   __device__ __forceinline__ Sums begin(int c) const { return {scale[c], shift[c], 0}; }
-  __device__ __forceinline__ void take(Sums& sums, int64_t at, float value) const {
-    const float u = value * sums.scale + sums.shift, activated = u * sigmoid(u);
-    Packet<T, 1>::pack({activated}).store(z + at);
-    sums.sum += activated;
+  template <int Q>
+  __device__ __forceinline__ void take(Sums& sums, T* to, int stride, const float (&values)[Q], int columns) const {
+#pragma unroll
+    for (int q = 0; q < Q; ++q)
+      if (q < columns) {
+        const float u = values[q] * sums.scale + sums.shift, activated = u * sigmoid_of<T>(u);
+        Packet<T, 1>::pack({activated}).store(to + q * stride);
+        sums.sum += activated;
+      }
   }
   __device__ __forceinline__ void finish(const Sums& sums, float* shared, const Place& place, const DepthwisePlan& plan,
                                          int64_t images, int channels) const {
@@ -128,7 +140,11 @@ __global__ void __launch_bounds__(forward_threads(K, S), forward_resident(K) / f
     const auto copy = [&](int step) {
       if (step < steps) {
         origin.row = (tile.row + step * shape.step) * S - win.pad_h;
-        copy_sheet(sets + step % kSets * shape.set, origin, shape.step * S, place.count, sharing);
+        T* set = sets + step % kSets * shape.set + sharing.channel;
+        sharing.each(shape.step * S, [&](int pixel, int r, int c) {
+          const bool inside = origin.inside(r, c) && sharing.channel < place.count;
+          copy_packet<T, V>(set + pixel * kGroup, inside ? origin.at(r, c) + sharing.channel : x, inside);
+        });
       }
       close_copies();
     };
@@ -136,25 +152,23 @@ __global__ void __launch_bounds__(forward_threads(K, S), forward_resident(K) / f
       const T* set = sets + step % kSets * shape.set;
       origin.row = (tile.row + step * shape.step) * S - win.pad_h;
       sharing.each(shape.step * S, [&](int pixel, int r, int c) {
-        constexpr int U = V == 1 ? 1 : 4;  // channels at a time
-        float values[V];
-        Packet<T, V>::load(set + pixel * kGroup + sharing.channel).unpack(values);
-        const bool inside = input.scale && origin.inside(r, c) && sharing.channel < place.count;
+        constexpr int U = V == 1 ? 1 : 4;  // channels at a time, for few registers
+        const bool active = input.scale && origin.inside(r, c) && sharing.channel < place.count;
 #pragma unroll
-        for (int k0 = 0; k0 < V; k0 += U) {
-          float(&few)[U] = reinterpret_cast<float(&)[U]>(values[k0]);
-          const int channel = sharing.channel + k0;
-          if (inside) {
+        for (int channel = sharing.channel, k0 = 0; k0 < V; k0 += U, channel += U) {
+          float values[U];
+          Packet<T, U>::load(set + pixel * kGroup + channel).unpack(values);
+          if (active) {
             float sc[U], sh[U];
             load_shared(scale + channel, sc);
             load_shared(shift + channel, sh);
 #pragma unroll
             for (int k = 0; k < U; ++k) {
-              const float u = few[k] * sc[k] + sh[k];
-              few[k] = u * sigmoid(u);
+              const float u = values[k] * sc[k] + sh[k];
+              values[k] = u * sigmoid_of<T>(u);
             }
           }
-          store_shared(buffer + pixel * kGroup + swapped(channel, c), few);
+          store_shared(buffer + pixel * kGroup + swapped(channel, c), values);
         }
       });
     };
@@ -164,8 +178,8 @@ __global__ void __launch_bounds__(forward_threads(K, S), forward_resident(K) / f
 
     float acc[kRows][kQ] = {};  // output rows from `row` on
     int row = tile.row - (kRows - 1);
-    int64_t at = ((int64_t)tile.image * win.out_h + row) * win.out_w + tile.column + place.column * kQ;
-    at = at * s.c + place.c0 + place.lane;
+    const int column = tile.column + place.column * kQ, columns = place.active ? min(kQ, win.out_w - column) : 0;
+    T* to = sink.out + (((int64_t)tile.image * win.out_h + row) * win.out_w + column) * s.c + place.c0 + place.lane;
     for (int step = 0; step < steps; ++step) {
       float* buffer = shared + (step & 1) * shape.activated;
       copy(step + kSets - 1);
@@ -173,7 +187,7 @@ __global__ void __launch_bounds__(forward_threads(K, S), forward_resident(K) / f
       activate(step, buffer);
       __syncthreads();
       const float* from = buffer + place.column * kQ * S * kGroup;
-      for (int r = 0; r < shape.step && row < tile.row_end; ++r, ++row, at += (int64_t)win.out_w * s.c) {
+      for (int r = 0; r < shape.step && row < tile.row_end; ++r, ++row, to += win.out_w * s.c) {
 #pragma unroll
         for (int p = 0; p < S; ++p, from += shape.width * kGroup)
 #pragma unroll
@@ -193,10 +207,7 @@ __global__ void __launch_bounds__(forward_threads(K, S), forward_resident(K) / f
               }
             }
           }
-        if (row >= tile.row && place.active)
-#pragma unroll
-          for (int q = 0; q < kQ; ++q)
-            if (tile.column + place.column * kQ + q < win.out_w) sink.take(sums, at + q * s.c, acc[0][q]);
+        if (row >= tile.row && columns > 0) sink.take(sums, to, s.c, acc[0], columns);
       }
     }
   }

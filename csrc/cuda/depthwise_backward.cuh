@@ -17,7 +17,8 @@ template <class T, int K, int S>
 struct BackwardShape {
   static constexpr int kColumns = (K + S - 1) / S;  // output columns, and rows, that one position meets
   static constexpr int kSets = 3;
-  static constexpr int kOperands = 7;  // of OutputGrad
+  static constexpr int kOperands = 7;       // of OutputGrad
+  static constexpr int kKept = K + S - 1;   // rows of which something is kept: the window's, in multiples of S
   // output columns; rows a step; floats of a buffer; values of the rows of grad or y, and of x, in a set; floats before
   // what is kept and before the operands
   int width, step, buffer, grads, inputs, kept, operands, bytes;
@@ -27,8 +28,8 @@ struct BackwardShape {
   explicit BackwardShape(const DepthwisePlan& plan) {
     constexpr int kFloat = sizeof(float), kValue = sizeof(T);
     width = plan.columns + kColumns - 1;
-    const int grad_row = width * kGroup, input_row = S * S * plan.columns * kGroup;
-    const int kept_floats = 2 * K * S * plan.threads, operand_floats = kOperands * kGroup;
+    const int grad_row = width * kGroup, input_row = S * S * grad_row;
+    const int kept_floats = 2 * kKept * S * plan.threads, operand_floats = kOperands * kGroup;
     step = plan.step_rows(kColumns - 1, grad_row * 2 * kFloat + kSets * (2 * grad_row + input_row) * kValue,
                           (96 << 10) - (kept_floats + operand_floats) * kFloat);
     buffer = grads = step * grad_row;
@@ -56,7 +57,7 @@ __global__ void __launch_bounds__(backward_threads(K, S), 1)
   const int c = place.c0 + place.lane;
   T* sets = reinterpret_cast<T*>(shared + 2 * shape.buffer);
   const int set_values = 2 * shape.grads + shape.inputs;
-  float* kept = shared + shape.kept + 2 * threadIdx.x;  // [row % K][column][thread]: SiLU's slope, and x - mean
+  float* kept = shared + shape.kept + 2 * threadIdx.x;  // [slot][column][thread]: SiLU's slope, and x - mean
   float* operands = shared + shape.operands;  // [7][channel]
   const auto stage = [&](int which, const float* from, float otherwise = 0) {
     for (int i = threadIdx.x; i < place.count; i += blockDim.x)
@@ -79,7 +80,7 @@ __global__ void __launch_bounds__(backward_threads(K, S), 1)
       in_mean = norm.mean[c];
     }
   }
-  const Sharing<V> grad_sharing(shape.width), input_sharing(plan.columns * S);
+  const Sharing<V> sharing(shape.width);
   const int first_row = first_position(win.pad_h, S), row_end = first_row + positions(s.h, win.pad_h, S);
 
   const int tile_end = Tile::first_of(place.part + 1, plan);
@@ -97,19 +98,27 @@ __global__ void __launch_bounds__(backward_threads(K, S), 1)
     const int first = tile.row - (kColumns - 1), steps = ceil_div(tile.row_end - first, shape.step);
     const int64_t output_image = (int64_t)tile.image * win.out_h * win.out_w * s.c + place.c0;
     Origin<T> of_grad{grad + output_image, 0, tile.column - (kColumns - 1), win.out_h, win.out_w, s.c};
-    Origin<T> of_input{x + tile.image * s.pixels() * s.c + place.c0, 0, tile.column * S - win.pad_w, s.h, s.w, s.c};
+    const T* image = x + tile.image * s.pixels() * s.c + place.c0;
     const auto copy = [&](int step) {
       if (step < steps) {
         T* set = sets + step % kSets * set_values;
         of_grad.row = first + step * shape.step;
-        of_input.row = of_grad.row * S - win.pad_h + K - S;
-        copy_sheet(set, of_grad, shape.step, place.count, grad_sharing);
-        if (op.scale) {
-          Origin<T> of_y = of_grad;
-          of_y.image = y + output_image;
-          copy_sheet(set + shape.grads, of_y, shape.step, place.count, grad_sharing);
-        }
-        copy_sheet(set + 2 * shape.grads, of_input, shape.step * S, place.count, input_sharing);
+        sharing.each(shape.step, [&](int pixel, int r, int column) {
+          const bool inside = of_grad.inside(r, column) && sharing.channel < place.count;
+          const int at = pixel * kGroup + sharing.channel;
+          const int64_t offset = inside ? of_grad.at(r, column) - grad + sharing.channel : 0;
+          copy_packet<T, V>(set + at, grad + offset, inside);
+          if (op.scale) copy_packet<T, V>(set + shape.grads + at, y + offset, inside);
+        });
+        // Row after row of the input's even columns, then its odd ones, so that a row has no more than one of grad.
+        sharing.each(shape.step * S * S, [&](int pixel, int r, int column) {
+          const int row = (first + step * shape.step) * S - win.pad_h + K - S + r / S;
+          const int input_column = (tile.column + column) * S - win.pad_w + r % S;
+          const bool inside = column < plan.columns && (unsigned)row < (unsigned)s.h &&
+                              (unsigned)input_column < (unsigned)s.w && sharing.channel < place.count;
+          const int64_t offset = inside ? (row * s.w + input_column) * s.c + sharing.channel : 0;
+          copy_packet<T, V>(set + 2 * shape.grads + pixel * kGroup + sharing.channel, image + offset, inside);
+        });
       }
       close_copies();
     };
@@ -117,38 +126,35 @@ __global__ void __launch_bounds__(backward_threads(K, S), 1)
     const auto form = [&](int step, float* buffer) {
       const T *grads = sets + step % kSets * set_values, *ys = grads + shape.grads;
       of_grad.row = first + step * shape.step;
-      grad_sharing.each(shape.step, [&](int pixel, int r, int column) {
-        constexpr int U = V == 1 ? 1 : 4;  // channels at a time
-        const int at = pixel * kGroup + grad_sharing.channel;
-        float dy[V], value[V];
-        Packet<T, V>::load(grads + at).unpack(dy);
-        const bool inside = op.scale && of_grad.inside(r, column) && grad_sharing.channel < place.count;
-        if (inside) Packet<T, V>::load(ys + at).unpack(value);
+      sharing.each(shape.step, [&](int pixel, int r, int column) {
+        constexpr int U = V == 1 ? 1 : 4;  // channels at a time, for few registers
+        const bool formed = op.scale && of_grad.inside(r, column) && sharing.channel < place.count;
 #pragma unroll
-        for (int k0 = 0; k0 < V; k0 += U) {
-          float(&few)[U] = reinterpret_cast<float(&)[U]>(dy[k0]);
-          const int channel = grad_sharing.channel + k0;
-          if (inside) {
+        for (int channel = sharing.channel, k0 = 0; k0 < V; k0 += U, channel += U) {
+          float dy[U];
+          Packet<T, U>::load(grads + pixel * kGroup + channel).unpack(dy);
+          if (formed) {
             const float* mine = operands + channel;
-            float scale[U], other[U], slope[U];
+            float value[U], scale[U], other[U], slope[U];
+            Packet<T, U>::load(ys + pixel * kGroup + channel).unpack(value);
             load_shared(mine, scale);
             load_shared(mine + kGroup, other);
 #pragma unroll
             for (int k = 0; k < U; ++k) {
-              const float u = value[k0 + k] * scale[k] + other[k], sig = sigmoid(u);
+              const float u = value[k] * scale[k] + other[k], sig = sigmoid_of<T>(u);
               slope[k] = silu_slope(sig, u * sig) * scale[k];
             }
             load_shared(mine + 5 * kGroup, scale);  // the gate
             load_shared(mine + 6 * kGroup, other);  // pooled_grad
 #pragma unroll
-            for (int k = 0; k < U; ++k) few[k] = (few[k] * scale[k] + other[k]) * slope[k];
+            for (int k = 0; k < U; ++k) dy[k] = (dy[k] * scale[k] + other[k]) * slope[k];
             load_shared(mine + 2 * kGroup, scale);  // the mean
             load_shared(mine + 4 * kGroup, other);  // b
             load_shared(mine + 3 * kGroup, slope);  // a
 #pragma unroll
-            for (int k = 0; k < U; ++k) few[k] += (value[k0 + k] - scale[k]) * other[k] + slope[k];
+            for (int k = 0; k < U; ++k) dy[k] += (value[k] - scale[k]) * other[k] + slope[k];
           }
-          store_shared(buffer + pixel * kGroup + swapped(channel, column), few);
+          store_shared(buffer + pixel * kGroup + swapped(channel, column), dy);
         }
       });
     };
@@ -156,27 +162,32 @@ __global__ void __launch_bounds__(backward_threads(K, S), 1)
 #pragma unroll
     for (int step = 0; step < kSets - 1; ++step) copy(step);
 
-    // The thread's input columns, and the rows that are the tile's.
-    const int column = (tile.column + place.column) * S - win.pad_w;
-    const int owned = max(tile.row * S - win.pad_h, 0), owned_end = min(s.h, tile.row_end * S - win.pad_h);
-    const auto inside = [&](int row, int p) {
-      return place.active && row >= owned && row < owned_end && column + p >= 0 && column + p < s.w;
-    };
-    const auto keep = [&](int of_slot, int p) -> float2& {
-      const int in_turn = of_slot < K ? of_slot : of_slot - K;
-      return *reinterpret_cast<float2*>(kept + (in_turn * S + p) * 2 * blockDim.x);
+    // The thread's input columns, and the rows that are the tile's: the window's first row is `row` rows beyond those.
+    const int column = (tile.column + place.column) * S - win.pad_w, owned = max(tile.row * S - win.pad_h, 0);
+    const unsigned owned_rows = min(s.h, tile.row_end * S - win.pad_h) - owned;
+    bool mine[S];
+#pragma unroll
+    for (int p = 0; p < S; ++p) mine[p] = place.active && column + p >= 0 && column + p < s.w;
+    const auto keep = [&](int of_slot, int p) {
+      return kept + ((of_slot < Backward::kKept ? of_slot : of_slot - Backward::kKept) * S + p) * 2 * blockDim.x;
     };
     float acc[K][S] = {}, activated[K][S] = {};
-    int row = first * S - win.pad_h, slot = 0;  // the window's first row; where the row that enters is kept
-    int64_t at = (tile.image * s.pixels() + (int64_t)row * s.w + column) * s.c + c;
+    int row = first * S - win.pad_h - owned, slot = 0;  // slot: where the rows that enter are kept
+    T* to = dx + (tile.image * s.pixels() + (int64_t)(owned + row) * s.w + column) * s.c + c;
     for (int step = 0; step < steps; ++step) {
       float* buffer = shared + (step & 1) * shape.buffer;
       wait_for_copies<kSets - 2>();
       form(step, buffer);
       __syncthreads();
       copy(step + kSets - 1);  // over what was read before that barrier
-      const float* from = buffer + (place.column + kColumns - 1) * kGroup;
-      const T* entering = sets + step % kSets * set_values + 2 * shape.grads + place.column * S * kGroup + place.lane;
+      // where this thread's channel lies in the columns from its last on down, of every second one
+      const float* from[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int column = place.column + kColumns - 1 - i;
+        from[i] = buffer + column * kGroup + swapped(place.lane, column);
+      }
+      const T* entering = sets + step % kSets * set_values + 2 * shape.grads + place.column * kGroup + place.lane;
       const int position_end = min(shape.step, tile.row_end - first - step * shape.step);
       for (int r = 0; r < position_end; ++r) {
         // the window slides by S rows
@@ -191,17 +202,17 @@ __global__ void __launch_bounds__(backward_threads(K, S), 1)
             }
             const int enters = kh + S - K;
             float entered[1];
-            Packet<T, 1>::load(entering + (enters * plan.columns * S + p) * kGroup).unpack(entered);
+            Packet<T, 1>::load(entering + (enters * S + p) * shape.width * kGroup).unpack(entered);
             if (norm.scale) {
-              const float u = entered[0] * in_scale + in_shift, sig = sigmoid(u), z = u * sig;
-              keep(slot + enters, p) = make_float2(silu_slope(sig, z), entered[0] - in_mean);
+              const float u = entered[0] * in_scale + in_shift, sig = sigmoid_of<T>(u), z = u * sig;
+              store_shared(keep(slot + enters, p), {silu_slope(sig, z), entered[0] - in_mean});
               entered[0] = z;
             }
-            activated[kh][p] = inside(row + kh, p) ? entered[0] : 0.f;
+            activated[kh][p] = mine[p] && (unsigned)(row + kh) < owned_rows ? entered[0] : 0.f;
           }
 #pragma unroll
         for (int i = 0; i < kColumns; ++i) {
-          const float dy = from[swapped(place.lane, place.column + kColumns - 1 - i) - i * kGroup];
+          const float dy = from[i % 2][-(i / 2) * 2 * kGroup];
 #pragma unroll
           for (int p = 0; p < S; ++p) {
             const int kw = S * i + p;
@@ -217,25 +228,22 @@ __global__ void __launch_bounds__(backward_threads(K, S), 1)
         for (int leaves = 0; leaves < S; ++leaves)  // these rows have met all that they meet
 #pragma unroll
           for (int p = 0; p < S; ++p) {
-            if (!inside(row + leaves, p)) continue;
-            T* to = dx + at + (leaves * s.w + p) * s.c;
-            if (!norm.scale) {
-              Packet<T, 1>::pack({acc[leaves][p]}).store(to);
-              continue;
-            }
-            const float2 of_x = keep(slot + S + leaves, p);
+            if (!mine[p] || (unsigned)(row + leaves) >= owned_rows) continue;
+            float slope_and_centered[2] = {1, 0};
+            if (norm.scale) load_shared(keep(slot + 2 * S - 1 + leaves, p), slope_and_centered);
+            const Packet<T, 1> stored = Packet<T, 1>::pack({acc[leaves][p] * slope_and_centered[0]});
+            stored.store(to + (leaves * s.w + p) * s.c);
             float rounded[1];
-            const Packet<T, 1> stored = Packet<T, 1>::pack({acc[leaves][p] * of_x.x});
-            stored.store(to);
             stored.unpack(rounded);
             sum += rounded[0];
-            product += rounded[0] * of_x.y;
+            product += rounded[0] * slope_and_centered[1];
           }
-        slot = slot + S < K ? slot + S : slot + S - K;
+        slot = slot + S < Backward::kKept ? slot + S : 0;
         row += S;
-        at += (int64_t)S * s.w * s.c;
-        from += shape.width * kGroup;
-        entering += S * plan.columns * S * kGroup;
+        to += S * s.w * s.c;
+        from[0] += shape.width * kGroup;
+        from[1] += shape.width * kGroup;
+        entering += S * S * shape.width * kGroup;
       }
     }
   }
@@ -260,7 +268,7 @@ __global__ void __launch_bounds__(backward_threads(K, S), 1)
     for (int kw = 0; kw < K; ++kw) leave(kw, dw[kh * K + kw]);
     total(weight_partials + ((int64_t)place.part * K + kh) * K * s.c, K);
   }
-  leave(0, sum);
+  leave(0, norm.scale ? sum : 0.f);
   leave(1, norm.scale && place.active ? product * norm.rstd[c] : 0.f);
   total(sum_partials + (int64_t)place.part * 2 * s.c, 2);
 }

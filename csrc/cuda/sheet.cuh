@@ -84,41 +84,30 @@ struct Origin {
   }
 };
 
-// Copies a sheet of so many rows to shared memory, [pixel][32 channels], with zeros outside of the image; of `count`
-// channels.
-template <int V, class T>
-__device__ __forceinline__ void copy_sheet(T* shared, const Origin<T>& from, int rows, int count,
-                                           const Sharing<V>& sharing) {
-  sharing.each(rows, [&](int pixel, int r, int c) {
-    const bool inside = from.inside(r, c) && sharing.channel < count;
-    copy_packet<T, V>(shared + pixel * kGroup + sharing.channel, inside ? from.at(r, c) + sharing.channel : from.image,
-                      inside);
-  });
-}
-
 // Channels of a pixel of fp32 in shared memory lie so that neither threads that store four of them nor threads that
 // load one meet in a bank: pixels in odd columns have their fours swapped in pairs.
 __device__ __forceinline__ int swapped(int channel, int column) { return channel ^ ((column & 1) << 2); }
 
-// U floats of shared memory at once.
-template <int U>
-__device__ __forceinline__ void store_shared(float* to, const float (&values)[U]) {
-  if constexpr (U == 4)
-    *reinterpret_cast<float4*>(to) = make_float4(values[0], values[1], values[2], values[3]);
-  else
-    *to = values[0];
-}
+// U floats of shared memory at once; nvcc would store them one by one.
 template <int U>
 __device__ __forceinline__ void load_shared(const float* from, float (&values)[U]) {
-  if constexpr (U == 4) {
-    const float4 four = *reinterpret_cast<const float4*>(from);
-    values[0] = four.x;
-    values[1] = four.y;
-    values[2] = four.z;
-    values[3] = four.w;
-  } else {
-    values[0] = *from;
-  }
+  Packet<float, U>::load(from).unpack(values);
+}
+template <int U>
+__device__ __forceinline__ void store_shared(float* to, const float (&values)[U]) {
+#ifdef __CUDA_ARCH__
+  const unsigned at = (unsigned)__cvta_generic_to_shared(to);
+  if constexpr (U == 4)
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(at), "f"(values[0]), "f"(values[1]), "f"(values[2]),
+                 "f"(values[3])
+                 : "memory");
+  else if constexpr (U == 2)
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(at), "f"(values[0]), "f"(values[1]) : "memory");
+  else
+    *to = values[0];
+#else
+  Packet<float, U>::pack(values).store(to);
+#endif
 }
 
 }  // namespace effnet_fast
