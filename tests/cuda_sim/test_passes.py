@@ -85,6 +85,13 @@ def test_however_the_work_is_cut(
         check(passes, call, torch.float32)
 
 
+def test_many_partial_results(passes: SimpleNamespace, simulate: Simulate) -> None:
+    """More than 64 of each, which more threads add up."""
+    simulate(RANDOM, 132)
+    for call in elementwise_calls((1, 13, 100, 100), torch.float32):
+        check(passes, call, torch.float32)
+
+
 # Both operands of a product are rounded before it, and its result.
 PRODUCT_TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
