@@ -15,7 +15,7 @@ FEWER_WARPS = ("backward_sums, silu", "backward_apply, silu", "depthwise", "dept
 
 
 def launch_of(name: str, kernel_size: int, stride: int) -> tuple[int, int]:
-    """(threads, bytes of shared memory) of a block at its largest: the limits of csrc/cuda/plans.h."""
+    """(threads, bytes of shared memory) of a block at its largest: the limits of csrc/cuda/plans.h and launchers."""
     if name in ("depthwise", "depthwise, affine"):
         threads = 256 if kernel_size == 7 else 448
         columns = threads // 16 * 2
@@ -24,9 +24,11 @@ def launch_of(name: str, kernel_size: int, stride: int) -> tuple[int, int]:
         threads = 256 if kernel_size == 7 else 384 if (kernel_size, stride) == (5, 2) else 448
         columns = threads // 16
         return threads, 4 * 16 * (max(2 * (columns + kernel_size - 1), kernel_size * columns) + 7)
-    # sum_parts: of more than 64 parts
+    if name.startswith("squeeze_gate"):  # of the 48 squeezed channels of B0's widest blocks
+        return 1024, 4 * (128 * 9 + 48)
+    others = {"merge_moments": (512, 12288), "sum_parts": (1024, 4096), "squeeze_weights_grad": (1024, 16384)}
     shared = {"channel_stats": 9216, "pool": 8192, "backward_sums": 16384, "backward_sums, silu": 40960}
-    return {"merge_moments": (512, 12288), "sum_parts": (1024, 4096)}.get(name, (256, shared.get(name, 0)))
+    return others.get(name, (256, shared.get(name, 2048 if name == "batch_norm_grad" else 0)))
 
 
 def described(symbol: str) -> tuple[str, str, int, int, int]:

@@ -22,21 +22,6 @@ void with_window(const Window& w, const F& f) {
   return w.stride == 1 ? f.template operator()<7, 1>() : f.template operator()<7, 2>();
 }
 
-inline void sum_parts(const float* partials, int64_t parts, int64_t rows, int64_t columns, bool transpose, float* out,
-                      const Launch& on) {
-  // a thread adds up a few parts: 8 of 8, 8 of 64, 33 of 1056
-  const int threads = parts <= 64 ? 256 : 1024, lanes = parts <= 8 ? threads : 32;
-  const int64_t blocks = ceil_div<int64_t>(rows * columns, lanes);
-  if (blocks > 0)
-    EFFNET_FAST_LAUNCH(sum_parts_kernel, blocks, threads, threads * (int)sizeof(float), on.stream, partials, parts, rows,
-                       columns, lanes, transpose, out);
-}
-
-inline void merge_moments(const float* partials, int64_t parts, int channels, float* mean, float* m2, const Launch& on) {
-  EFFNET_FAST_LAUNCH(merge_moments_kernel, ceil_div(channels, kMomentLanes), kMomentThreads,
-                     kMomentThreads * (int)sizeof(DistanceSums), on.stream, partials, parts, channels, mean, m2);
-}
-
 template <class T>
 void Passes<T>::channel_stats(const T* x, float* mean, float* m2, const Shape& s, float* partials, const Launch& on) {
   const Shape all = s.as_one_image();
