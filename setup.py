@@ -45,7 +45,7 @@ host = CppExtension(
 
 # The GPU architectures that the CUDA passes are compiled for; the last also as PTX, for those to come.
 CUDA_ARCHITECTURES = tuple((os.environ.get("EFFNET_FAST_CUDA_ARCHITECTURES") or "80,90").split(","))
-CUDA_STORAGE_TYPES = ("float", "bfloat16", "half")
+CUDA_SOURCES = ("passes_float", "passes_bfloat16", "passes_half", "algebra")
 
 
 def cuda_toolkit() -> Path | None:
@@ -104,20 +104,20 @@ def toolkit_version(toolkit: Path) -> str | None:
 
 
 def compile_kernels(extension: Extension, folder: Path) -> None:
-    """Compiles the kernels with nvcc, one storage type beside another, and adds them to the extension's link."""
+    """Compiles the kernels with nvcc, one file beside another, and adds them to the extension's link."""
     nvcc = Path(extension.include_dirs[0]).parent / "bin" / "nvcc"
     folder.mkdir(parents=True, exist_ok=True)
     architectures = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
     architectures.append(f"-gencode=arch=compute_{CUDA_ARCHITECTURES[-1]},code=compute_{CUDA_ARCHITECTURES[-1]}")
     flags = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC", *architectures]
 
-    def compile_one(storage: str) -> str:
-        target = str(folder / f"passes_{storage}.o")
-        subprocess.run([str(nvcc), *flags, "-c", f"csrc/cuda/passes_{storage}.cu", "-o", target], check=True)
+    def compile_one(source: str) -> str:
+        target = str(folder / f"{source}.o")
+        subprocess.run([str(nvcc), *flags, "-c", f"csrc/cuda/{source}.cu", "-o", target], check=True)
         return target
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        extension.extra_objects = list(pool.map(compile_one, CUDA_STORAGE_TYPES))
+        extension.extra_objects = list(pool.map(compile_one, CUDA_SOURCES))
 
 
 class BuildPasses(BuildExtension):

@@ -15,8 +15,8 @@ FEWER_WARPS = ("backward_sums, silu", "backward_apply, silu", "depthwise", "dept
 
 
 def launch_of(name: str, kernel_size: int, stride: int) -> tuple[int, int]:
-    """(threads, bytes of shared memory) of a block at its largest: the limits of csrc/cuda/plans.h."""
-    if name == "depthwise":
+    """(threads, bytes of shared memory) of a block at its largest: the limits of csrc/cuda/plans.h and launchers."""
+    if name in ("depthwise", "depthwise, affine"):
         threads = 256 if kernel_size == 7 else 448
         columns = threads // 16 * 2
         return threads, 4 * (2 * stride * ((columns - 1) * stride + kernel_size) * 16 + 2 * 16)
@@ -24,7 +24,11 @@ def launch_of(name: str, kernel_size: int, stride: int) -> tuple[int, int]:
         threads = 256 if kernel_size == 7 else 384 if (kernel_size, stride) == (5, 2) else 448
         columns = threads // 16
         return threads, 4 * 16 * (max(2 * (columns + kernel_size - 1), kernel_size * columns) + 7)
-    return 256, {"channel_stats": 24576, "pool": 8192, "backward_sums": 8192, "merge_moments": 6144}.get(name, 1024)
+    if name.startswith("squeeze_gate"):  # of the 48 squeezed channels of B0's widest blocks
+        return 1024, 4 * (128 * 9 + 48)
+    others = {"merge_moments": (512, 12288), "sum_parts": (1024, 4096), "squeeze_weights_grad": (1024, 16384)}
+    shared = {"channel_stats": 9216, "pool": 8192, "backward_sums": 16384, "backward_sums, silu": 40960}
+    return others.get(name, (256, shared.get(name, 2048 if name == "batch_norm_grad" else 0)))
 
 
 def described(symbol: str) -> tuple[str, str, int, int, int]:
@@ -76,7 +80,7 @@ def kernels(binary: Path) -> list[Kernel]:
     found_kernels = []
     for (architecture, symbol), usage in usages.items():
         name, storage, kernel_size, stride, vector = described(names[symbol])
-        threads, shared = launch_of(name.split(",")[0], kernel_size, stride)
+        threads, shared = launch_of(name, kernel_size, stride)
         mix = counts[architecture, symbol]
         window = f"{kernel_size}x{kernel_size} / {stride}, " if kernel_size else ""
         found_kernels.append(

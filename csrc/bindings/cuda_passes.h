@@ -112,6 +112,13 @@ void dispatch(const Tensor& t, const char* name, const F& f) {
   }
 }
 
+// Calls f, which launches, on t's device.
+template <class F, class Guard = DeviceGuard>
+void on_device(const Tensor& t, const F& f) {
+  const Guard guard(t);
+  f(launch_on(t));
+}
+
 inline std::tuple<Tensor, Tensor> channel_stats(const Tensor& x) {
   const Shape s = check_nhwc(x, "x");
   Tensor mean = empty_floats(x, {s.c}), m2 = empty_floats(x, {s.c});
@@ -281,15 +288,116 @@ inline std::tuple<Tensor, Tensor, Tensor> backward_dwconv(
   return {dx, dweight, sums};
 }
 
+// Weights of any storage type as fp32.
+inline Tensor as_floats(const Tensor& weight, const char* name) {
+  check_device(weight, name);
+  STD_TORCH_CHECK(weight.is_contiguous(), name, ": must be contiguous");
+  return torch::stable::to(weight, ScalarType::Float);
+}
+
+inline Tensor batch_norm_stats(const Tensor& mean, const Tensor& m2, const Tensor& weight, const Tensor& bias,
+                               double eps, int64_t count) {
+  const int64_t channels = mean.numel();
+  const float *mu = check_floats(mean, "mean", channels), *squares = check_floats(m2, "m2", channels);
+  const Tensor gamma = as_floats(weight, "weight"), beta = as_floats(bias, "bias");
+  STD_TORCH_CHECK(weight.numel() == channels && bias.numel() == channels, "weight: must be for ", channels,
+                  " channels");
+  Tensor stats = empty_floats(mean, {5, channels});
+  on_device(mean, [&](const Launch& on) {
+    Algebra::batch_norm_stats(mu, squares, data<float>(gamma), data<float>(beta), (float)eps, count, (int)channels,
+                              floats(stats), on);
+  });
+  check_launch("batch_norm_stats");
+  return stats;
+}
+
+inline Tensor batch_norm_grad(const Tensor& stats, const Tensor& sums, const OptionalTensor& gate,
+                              const OptionalTensor& pooled_grad, int64_t count) {
+  STD_TORCH_CHECK(sums.dim() == 3 && (sums.size(0) == 2 || sums.size(0) == 5), "sums: must be [2, N, C] or [5, N, C]");
+  const int64_t kinds = sums.size(0), images = sums.size(1), channels = sums.size(2);
+  const float* norm = check_floats(stats, "stats", channels, 5);
+  const float* all = check_floats(sums, "sums", channels, kinds * images);
+  const float* factor = check_floats(gate, "gate", channels, images);
+  const float* pooled = check_floats(pooled_grad, "pooled_grad", channels, images);
+  STD_TORCH_CHECK(!pooled || kinds == 5, "pooled_grad: needs the five sums");
+  Tensor grads = empty_floats(sums, {4, channels});
+  on_device(sums, [&](const Launch& on) {
+    Algebra::batch_norm_grad(norm, all, (int)kinds, factor, pooled, count, images, (int)channels, floats(grads), on);
+  });
+  check_launch("batch_norm_grad");
+  return grads;
+}
+
+// The MLP's weights, checked, and as fp32 tensors that the pointers are of.
+struct SqueezeTensors {
+  Tensor reduce, reduce_bias, expand, expand_bias;
+  int64_t channels, squeezed;
+
+  SqueezeTensors(const Tensor& w_reduce, const Tensor& b_reduce, const Tensor& w_expand, const Tensor& b_expand,
+                 int64_t channels)
+      : reduce(as_floats(w_reduce, "w_reduce")), reduce_bias(as_floats(b_reduce, "b_reduce")),
+        expand(as_floats(w_expand, "w_expand")), expand_bias(as_floats(b_expand, "b_expand")), channels(channels),
+        squeezed(b_reduce.numel()) {
+    STD_TORCH_CHECK(w_reduce.numel() == squeezed * channels, "w_reduce: must be [", squeezed, ", ", channels,
+                    ", 1, 1]");
+    STD_TORCH_CHECK(w_expand.numel() == squeezed * channels, "w_expand: must be [", channels, ", ", squeezed,
+                    ", 1, 1]");
+    STD_TORCH_CHECK(b_expand.numel() == channels, "b_expand: must be for ", channels, " channels");
+  }
+  SqueezeWeights weights() const {
+    return {data<float>(reduce), data<float>(reduce_bias), data<float>(expand), data<float>(expand_bias), (int)channels,
+            (int)squeezed};
+  }
+};
+
+inline Tensor squeeze_gate(const Tensor& sums, int64_t pixels, const Tensor& w_reduce, const Tensor& b_reduce,
+                           const Tensor& w_expand, const Tensor& b_expand) {
+  STD_TORCH_CHECK(sums.dim() == 2, "sums: must be [N, C]");
+  const int64_t images = sums.size(0), channels = sums.size(1);
+  const float* pooled = check_floats(sums, "sums", channels, images);
+  const SqueezeTensors mlp(w_reduce, b_reduce, w_expand, b_expand, channels);
+  Tensor squeeze = empty_floats(sums, {2, images, channels});
+  on_device(sums, [&](const Launch& on) {
+    Algebra::squeeze_gate(pooled, pixels, mlp.weights(), images, floats(squeeze), on);
+  });
+  check_launch("squeeze_gate");
+  return squeeze;
+}
+
+inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> squeeze_gate_grad(
+    const Tensor& squeeze, const Tensor& dgate, int64_t pixels, const Tensor& w_reduce, const Tensor& b_reduce,
+    const Tensor& w_expand, const Tensor& b_expand) {
+  STD_TORCH_CHECK(squeeze.dim() == 3 && squeeze.size(0) == 2, "squeeze: must be [2, N, C]");
+  const int64_t images = squeeze.size(1), channels = squeeze.size(2);
+  const float* means = check_floats(squeeze, "squeeze", channels, 2 * images);
+  const float* outer = check_floats(dgate, "dgate", channels, images);
+  const SqueezeTensors mlp(w_reduce, b_reduce, w_expand, b_expand, channels);
+  Tensor pooled_grad = empty_floats(squeeze, {images, channels});
+  Tensor dw_reduce = empty_floats(squeeze, w_reduce.sizes()), db_reduce = empty_floats(squeeze, {mlp.squeezed});
+  Tensor dw_expand = empty_floats(squeeze, w_expand.sizes()), db_expand = empty_floats(squeeze, {channels});
+  const Tensor partials = empty_floats(squeeze, {2, images, mlp.squeezed});
+  const SqueezeGrads grads{floats(dw_reduce), floats(db_reduce), floats(dw_expand), floats(db_expand)};
+  on_device(squeeze, [&](const Launch& on) {
+    Algebra::squeeze_gate_grad(means, outer, pixels, mlp.weights(), images, floats(pooled_grad), grads,
+                               floats(partials), on);
+  });
+  check_launch("squeeze_gate_grad");
+  return {pooled_grad, dw_reduce, db_reduce, dw_expand, db_expand};
+}
+
 }  // namespace effnet_fast
 
 // In the block of STABLE_TORCH_LIBRARY_IMPL.
-#define EFFNET_FAST_REGISTER_PASSES(m)                              \
-  m.impl("channel_stats", TORCH_BOX(&effnet_fast::channel_stats));     \
-  m.impl("dwconv_stats", TORCH_BOX(&effnet_fast::dwconv_stats));       \
-  m.impl("pool", TORCH_BOX(&effnet_fast::pool));                       \
-  m.impl("apply", TORCH_BOX(&effnet_fast::apply));                     \
-  m.impl("backward_sums", TORCH_BOX(&effnet_fast::backward_sums));     \
-  m.impl("backward_dwconv", TORCH_BOX(&effnet_fast::backward_dwconv)); \
-  m.impl("backward_apply", TORCH_BOX(&effnet_fast::backward_apply));   \
-  m.impl("dwconv_affine", TORCH_BOX(&effnet_fast::dwconv_affine))
+#define EFFNET_FAST_REGISTER_PASSES(m)                                   \
+  m.impl("channel_stats", TORCH_BOX(&effnet_fast::channel_stats));       \
+  m.impl("dwconv_stats", TORCH_BOX(&effnet_fast::dwconv_stats));         \
+  m.impl("pool", TORCH_BOX(&effnet_fast::pool));                         \
+  m.impl("apply", TORCH_BOX(&effnet_fast::apply));                       \
+  m.impl("backward_sums", TORCH_BOX(&effnet_fast::backward_sums));       \
+  m.impl("backward_dwconv", TORCH_BOX(&effnet_fast::backward_dwconv));   \
+  m.impl("backward_apply", TORCH_BOX(&effnet_fast::backward_apply));     \
+  m.impl("dwconv_affine", TORCH_BOX(&effnet_fast::dwconv_affine));       \
+  m.impl("batch_norm_stats", TORCH_BOX(&effnet_fast::batch_norm_stats)); \
+  m.impl("batch_norm_grad", TORCH_BOX(&effnet_fast::batch_norm_grad));   \
+  m.impl("squeeze_gate", TORCH_BOX(&effnet_fast::squeeze_gate));         \
+  m.impl("squeeze_gate_grad", TORCH_BOX(&effnet_fast::squeeze_gate_grad))

@@ -30,28 +30,13 @@ void allow_shared(Kernel* kernel, int bytes) {
 #endif
 }
 
-inline void sum_parts(const float* partials, int64_t parts, int64_t rows, int64_t columns, bool transpose, float* out,
-                      const Launch& on) {
-  const int64_t blocks = ceil_div<int64_t>(rows * columns, kFinalValues);
-  const int threads = kFinalValues * kFinalThreads, shared_bytes = threads * (int)sizeof(float);
-  if (blocks > 0)
-    EFFNET_FAST_LAUNCH(sum_parts_kernel, blocks, threads, shared_bytes, on.stream, partials, parts, rows, columns,
-                       transpose, out);
-}
-
-inline void merge_moments(const float* partials, int64_t parts, int channels, float* mean, float* m2, const Launch& on) {
-  const int threads = kFinalValues * kFinalThreads, shared_bytes = threads * (int)sizeof(Moments<double>);
-  EFFNET_FAST_LAUNCH(merge_moments_kernel, ceil_div(channels, kFinalValues), threads, shared_bytes, on.stream, partials,
-                     parts, channels, mean, m2);
-}
-
 template <class T>
 void Passes<T>::channel_stats(const T* x, float* mean, float* m2, const Shape& s, float* partials, const Launch& on) {
   const Shape all = s.as_one_image();
   const PixelPlan plan(all, on.vector, on.multiprocessors);
   with_vector<T>(on, [&]<int V>() {
     const auto kernel = channel_stats_kernel<T, V>;
-    const int shared_bytes = 3 * plan.rows * plan.lanes * V * (int)sizeof(float);
+    const int shared_bytes = (plan.rows + 1) * plan.lanes * V * (int)sizeof(float);
     if (plan.blocks > 0)
       EFFNET_FAST_LAUNCH(kernel, plan.blocks, PixelPlan::kThreads, shared_bytes, on.stream, x, partials, all, plan);
   });
@@ -88,7 +73,7 @@ void Passes<T>::backward_sums(const T* grad, const T* y, const Normalization& no
   const PixelPlan plan(s, on.vector, on.multiprocessors);
   with_vector<T>(on, [&]<int V>() {
     const auto kernel = silu ? backward_sums_kernel<T, V, true> : backward_sums_kernel<T, V, false>;
-    const int shared_bytes = plan.rows * plan.lanes * V * (int)sizeof(float);
+    const int shared_bytes = (silu ? 5 : 2) * plan.rows * plan.lanes * V * (int)sizeof(float);
     if (plan.blocks > 0)
       EFFNET_FAST_LAUNCH(kernel, plan.blocks, PixelPlan::kThreads, shared_bytes, on.stream, grad, y, norm,
                          plan.chunks > 1 ? partials : out, s, plan);

@@ -1,4 +1,5 @@
-// The passes on a GPU, on raw pointers. Each is compiled for float, __nv_bfloat16 and __half in a file of its own.
+// The passes on a GPU, on raw pointers. Each is compiled for float, __nv_bfloat16 and __half in a file of its own; what
+// is in fp32 always, once, in algebra.cu.
 // Nothing here allocates, synchronizes or reads back: partial results go to `partials`, whose size the functions below
 // give, and every launch goes to the given stream.
 #pragma once
@@ -56,5 +57,27 @@ struct Passes {
                               const Normalization& norm, T* dx, float* dweight, float* sums, const Shape& s, const Window& w,
                               float* partials, const Launch& on);
 };
+
+// The algebra between the passes; shapes as in passes/schema.py.
+struct Algebra {
+  static void batch_norm_stats(const float* mean, const float* m2, const float* weight, const float* bias, float eps,
+                               int64_t count, int channels, float* stats, const Launch& on);
+  // sums [kinds, N, C]
+  static void batch_norm_grad(const float* stats, const float* sums, int kinds, const float* gate,
+                              const float* pooled_grad, int64_t count, int64_t images, int channels, float* grads,
+                              const Launch& on);
+  static void squeeze_gate(const float* sums, int64_t pixels, const SqueezeWeights& mlp, int64_t images, float* squeeze,
+                           const Launch& on);
+  // partials [2, N, squeezed]
+  static void squeeze_gate_grad(const float* squeeze, const float* dgate, int64_t pixels, const SqueezeWeights& mlp,
+                                int64_t images, float* pooled_grad, const SqueezeGrads& grads, float* partials,
+                                const Launch& on);
+};
+
+// out: sums of partials [parts, rows, columns] over parts, transposed if asked for.
+void sum_parts(const float* partials, int64_t parts, int64_t rows, int64_t columns, bool transpose, float* out,
+               const Launch& on);
+// of partials [parts, 4, channels], as channel_stats_kernel has them
+void merge_moments(const float* partials, int64_t parts, int channels, float* mean, float* m2, const Launch& on);
 
 }  // namespace effnet_fast

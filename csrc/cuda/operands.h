@@ -28,4 +28,13 @@ struct InputAffine {
   const float *scale, *shift;
 };
 
+// Squeeze-excite's MLP: reduce [squeezed, C] and expand [C, squeezed].
+struct SqueezeWeights {
+  const float *reduce, *reduce_bias, *expand, *expand_bias;
+  int channels, squeezed;
+};
+struct SqueezeGrads {
+  float *reduce, *reduce_bias, *expand, *expand_bias;
+};
+
 }  // namespace effnet_fast

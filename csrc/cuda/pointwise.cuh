@@ -1,5 +1,4 @@
-// The passes that touch each element once: statistics, pooling, activation, and their backward; and the kernels that
-// add up partial results in a fixed order.
+// The passes that touch each element once: statistics, pooling, activation, and their backward.
 #pragma once
 
 #include "gpu.cuh"
@@ -8,31 +7,29 @@
 
 namespace effnet_fast {
 
-// The channels and pixels of a thread: pixels `first`, `first + rows`, ... before `end`, all of one image.
+// The channels and pixels of a thread: pixels `first`, `first + rows`, ... before `end`, all of one image; its block's
+// begin at `begin`.
 struct Share {
-  int64_t image, first, end;
+  int64_t image, begin, first, end;
   int chunk, lane, row, c;
   int c0, channels;  // of the block
   bool active;
 
   __device__ Share(const Shape& s, const PixelPlan& plan) {
-    const int64_t block = blockIdx.x;
-    const int group = (int)(block % plan.groups);
-    chunk = (int)(block / plan.groups % plan.chunks);
-    image = block / plan.groups / plan.chunks;
-    lane = threadIdx.x % plan.lanes;
-    row = threadIdx.x / plan.lanes;
+    // divisions in 32 bits: those in 64 take a hundred cycles
+    const unsigned block = blockIdx.x, groups = plan.groups, chunks = plan.chunks;
+    const int group = (int)(block % groups);
+    chunk = (int)(block / groups % chunks);
+    image = block / groups / chunks;
+    lane = (int)(threadIdx.x % (unsigned)plan.lanes);
+    row = (int)(threadIdx.x / (unsigned)plan.lanes);
     c0 = group * plan.lanes * plan.vector;
     c = c0 + lane * plan.vector;
     channels = min(plan.lanes * plan.vector, s.c - c0);
     active = row < plan.rows && c < s.c;
-    first = chunk * plan.chunk + row;
-    end = min((chunk + 1) * plan.chunk, s.pixels());
-  }
-  // How many pixels some row of this block has.
-  __device__ int count(int of_row, int rows) const {
-    const int64_t left = end - (first - row + of_row);
-    return left > 0 ? (int)((left + rows - 1) / rows) : 0;
+    begin = chunk * plan.chunk;
+    first = begin + row;
+    end = min(begin + plan.chunk, s.pixels());
   }
 };
 
@@ -104,22 +101,42 @@ __global__ void __launch_bounds__(PixelPlan::kThreads, kSilu ? 2 : 4)
   }
 }
 
-// Adds up, row after row, what the rows of a block hold for each of its channels: done(channel of the block, total) on
-// one thread per channel. `shared`: as many floats as the block has threads, times V.
-template <int V, class Done>
-__device__ __forceinline__ void sum_rows(const float (&mine)[V], float* shared, const Share& share, const PixelPlan& plan,
-                                         const Done& done) {
-  const int width = plan.lanes * V;
+// Adds up what the rows of a block hold of each sum for each of its channels, in a fixed order: done(sum, channel of
+// the block, total) on one thread each. `shared`: as many floats as the rows have. No barrier follows.
+template <int kSums, int V, class Done>
+__device__ __forceinline__ void sum_rows(const float (&mine)[kSums][V], float* shared, const Share& share,
+                                         const PixelPlan& plan, const Done& done) {
+  const int width = plan.lanes * V, columns = kSums * width, threads = (int)blockDim.x;
   if (share.row < plan.rows)
 #pragma unroll
-    for (int i = 0; i < V; ++i) shared[share.row * width + share.lane * V + i] = mine[i];
+    for (int sum = 0; sum < kSums; ++sum) {
+      float* to = shared + share.row * columns + sum * width + share.lane * V;
+      if constexpr (V % 4 == 0) {  // single floats, V apart from one thread to the next, would meet in a few banks
+#pragma unroll
+        for (int i = 0; i < V; i += 4)
+          *reinterpret_cast<float4*>(to + i) =
+              make_float4(mine[sum][i], mine[sum][i + 1], mine[sum][i + 2], mine[sum][i + 3]);
+      } else {
+#pragma unroll
+        for (int i = 0; i < V; ++i) to[i] = mine[sum][i];
+      }
+    }
   __syncthreads();
-  for (int k = threadIdx.x; k < share.channels; k += blockDim.x) {
-    float total = 0;
-    for (int row = 0; row < plan.rows; ++row) total += shared[row * width + k];
-    done(k, total);
+  // few columns: rows in as many slices as keep all threads busy, of which each leaves its total in its first row
+  const int slices = min(plan.rows, max(1, threads / columns));
+  for (int i = threadIdx.x; i < slices * columns; i += threads) {
+    float total = shared[i];
+#pragma unroll 8
+    for (int at = i + slices * columns; at < plan.rows * columns; at += slices * columns) total += shared[at];
+    shared[i] = total;
   }
-  __syncthreads();  // the next sum overwrites
+  __syncthreads();
+  for (int i = threadIdx.x; i < columns; i += threads) {
+    const int sum = kSums == 1 ? 0 : i / width, k = i - sum * width;
+    float total = shared[i];
+    for (int slice = 1; slice < slices; ++slice) total += shared[slice * columns + i];
+    if (k < share.channels) done(sum, k, total);
+  }
 }
 
 // partials [chunks, N, C]: sums over a chunk of SiLU(u) or u; the result itself where there is one chunk.
@@ -129,7 +146,7 @@ __global__ void __launch_bounds__(PixelPlan::kThreads, 4)
                 float* __restrict__ partials, Shape s, PixelPlan plan) {
   EFFNET_FAST_SHARED(shared);
   const Share share(s, plan);
-  float sum[V] = {};
+  float sum[1][V] = {};
   if (share.active) {
     float scale[V], shift[V];
     load_floats(scale_ + share.c, scale);
@@ -142,12 +159,12 @@ __global__ void __launch_bounds__(PixelPlan::kThreads, 4)
 #pragma unroll
       for (int i = 0; i < V; ++i) {
         const float u = value[i] * scale[i] + shift[i];
-        sum[i] += silu ? u * sigmoid(u) : u;
+        sum[0][i] += silu ? u * sigmoid(u) : u;
       }
     }
   }
   float* out = partials + (share.chunk * s.n + share.image) * s.c + share.c0;
-  sum_rows(sum, shared, share, plan, [&](int k, float total) { out[k] = total; });
+  sum_rows(sum, shared, share, plan, [&](int, int k, float total) { out[k] = total; });
 }
 
 // partials [chunks, 5 or 2, N, C]: with SiLU grad * SiLU(u), grad * d, d, grad * d * hat, d * hat; else grad, grad * hat.
@@ -197,11 +214,8 @@ __global__ void __launch_bounds__(PixelPlan::kThreads, kSilu ? 2 : 4)
 #pragma unroll
       for (int sum = kSilu ? 3 : 1; sum < kSums; ++sum) sums[sum][i] *= rstd[i];  // hat = centered * rstd
   }
-#pragma unroll
-  for (int i = 0; i < kSums; ++i) {
-    float* out = partials + ((share.chunk * kSums + i) * s.n + share.image) * s.c + share.c0;
-    sum_rows(sums[i], shared, share, plan, [&](int k, float total) { out[k] = total; });
-  }
+  float* out = partials + (share.chunk * kSums * s.n + share.image) * s.c + share.c0;
+  sum_rows(sums, shared, share, plan, [&](int sum, int k, float total) { out[sum * s.n * s.c + k] = total; });
 }
 
 // partials [chunks * N, 4, C]: of a chunk its count, a value, the mean's distance from that value, and m2.
@@ -210,79 +224,48 @@ __global__ void __launch_bounds__(PixelPlan::kThreads, 4)
     channel_stats_kernel(const T* __restrict__ x, float* __restrict__ partials, Shape s, PixelPlan plan) {
   EFFNET_FAST_SHARED(shared);
   const Share share(s, plan);
-  const int width = plan.lanes * V;
-  float *firsts = shared, *means = firsts + plan.rows * width, *m2s = means + plan.rows * width;
+  float* means = shared + plan.rows * plan.lanes * V;
+  Packet<T, V> chunk_first{};
+  ShiftedSums sums[V];
+  int count = 0;
   if (share.active) {
-    ShiftedSums sums[V];
     const int64_t base = share.image * s.pixels() * s.c + share.c;
+    chunk_first = Packet<T, V>::load(x + base + share.begin * s.c);
 #pragma unroll 4
     for (int64_t p = share.first; p < share.end; p += plan.rows) {
       float value[V];
       Packet<T, V>::load(x + base + p * s.c).unpack(value);
 #pragma unroll
       for (int i = 0; i < V; ++i) sums[i].add(value[i], p == share.first);
-    }
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      const Moments<float> moments = sums[i].moments(share.count(share.row, plan.rows));
-      const int at = share.row * width + share.lane * V + i;
-      firsts[at] = sums[i].first;
-      means[at] = moments.mean;
-      m2s[at] = moments.m2;
+      ++count;
     }
   }
-  __syncthreads();
   float* out = partials + (share.image * plan.chunks + share.chunk) * 4 * s.c + share.c0;
-  for (int k = threadIdx.x; k < share.channels; k += blockDim.x) {
-    Moments<float> total{0, 0, 0};
-    for (int at = k, row = 0; row < plan.rows; ++row, at += width)
-      total.merge({(float)share.count(row, plan.rows), firsts[at] - firsts[k] + means[at], m2s[at]});
-    out[k] = total.count;
-    out[s.c + k] = firsts[k];
-    out[2 * s.c + k] = total.mean;
-    out[3 * s.c + k] = total.m2;
+  const float pixels = (float)(share.end - share.begin);
+  // Of each thread the distance of its first value from the chunk's, then from the chunk's mean, moves its sums there.
+  float away[V], moved[1][V];
+  chunk_first.unpack(away);
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    away[i] = sums[i].first - away[i];
+    moved[0][i] = count ? sums[i].sum + count * away[i] : 0.f;
   }
-}
-
-// The last step of every reduction: a block adds up 32 values, each in 8 threads that take every eighth part.
-constexpr int kFinalValues = 32, kFinalThreads = 8;
-
-// out: sums of partials [parts, values] over parts; values [rows, columns] are written transposed if `transpose`.
-static __global__ void sum_parts_kernel(const float* __restrict__ partials, int64_t parts, int64_t rows, int64_t columns,
-                                        bool transpose, float* __restrict__ out) {
-  EFFNET_FAST_SHARED(shared);
-  const int lane = threadIdx.x % kFinalValues, slice = threadIdx.x / kFinalValues;
-  const int64_t value = (int64_t)blockIdx.x * kFinalValues + lane, values = rows * columns;
-  float total = 0;
-  if (value < values)
-#pragma unroll 4
-    for (int64_t part = slice; part < parts; part += kFinalThreads) total += partials[part * values + value];
-  shared[threadIdx.x] = total;
+  sum_rows(moved, shared, share, plan, [&](int, int k, float total) {
+    means[k] = total / pixels;
+    out[k] = pixels;
+    out[2 * s.c + k] = means[k];
+  });
   __syncthreads();
-  if (slice > 0 || value >= values) return;
-  for (int i = 1; i < kFinalThreads; ++i) total += shared[i * kFinalValues + lane];
-  out[transpose ? value % columns * rows + value / columns : value] = total;
-}
-
-// mean and m2 [channels] from partials [parts, 4, channels], in double.
-static __global__ void merge_moments_kernel(const float* __restrict__ partials, int64_t parts, int channels,
-                                            float* __restrict__ mean, float* __restrict__ m2) {
-  EFFNET_FAST_SHARED(shared);
-  Moments<double>* slices = reinterpret_cast<Moments<double>*>(shared);
-  const int lane = threadIdx.x % kFinalValues, slice = threadIdx.x / kFinalValues;
-  const int c = blockIdx.x * kFinalValues + lane;
-  Moments<double> total{0, 0, 0};
-  if (c < channels)
-    for (int64_t part = slice; part < parts; part += kFinalThreads) {
-      const float* from = partials + part * 4 * channels + c;
-      total.merge({from[0], (double)from[channels] + from[2 * (int64_t)channels], from[3 * (int64_t)channels]});
-    }
-  slices[threadIdx.x] = total;
-  __syncthreads();
-  if (slice > 0 || c >= channels) return;
-  for (int i = 1; i < kFinalThreads; ++i) total.merge(slices[i * kFinalValues + lane]);
-  mean[c] = (float)total.mean;
-  m2[c] = (float)total.m2;
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    const float d = away[i] - means[share.lane * V + i];
+    moved[0][i] = count ? sums[i].square + d * (2 * sums[i].sum + count * d) : 0.f;
+  }
+  if (share.active && share.row == 0) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) out[s.c + share.lane * V + i] = sums[i].first;
+  }
+  sum_rows(moved, shared, share, plan, [&](int, int k, float total) { out[3 * s.c + k] = total; });
 }
 
 }  // namespace effnet_fast

@@ -1,4 +1,4 @@
-"""The algebra between the passes in plain PyTorch: of every backend but the CPU's, and the oracle of that one."""
+"""The algebra between the passes in plain PyTorch: of the backends without their own, and the oracle of the others."""
 
 from collections.abc import Iterator
 from typing import NamedTuple

@@ -66,10 +66,10 @@ def cpu_isa() -> str:
 
 
 def with_products(passes: Any) -> SimpleNamespace:
-    """A backend's passes, the products composed of them, and the algebra between them; no blocks."""
+    """A backend's passes, products composed of them, and its algebra between them or PyTorch's; no blocks."""
     own = {name: getattr(passes, name) for name in schema.PASSES}
     composed = {name: partial(getattr(products, name), passes) for name in schema.PRODUCTS}
-    between = {name: getattr(algebra, name) for name in schema.ALGEBRA}
+    between = {name: getattr(passes, name, getattr(algebra, name)) for name in schema.ALGEBRA}
     return SimpleNamespace(**own, **composed, **between, **dict.fromkeys(schema.BLOCKS))
 
 
@@ -81,7 +81,7 @@ def _dispatched(names: tuple[str, ...]) -> SimpleNamespace:
 # By backend; `why_unavailable` adds Triton's. Not a dict: a compiler takes all of it at once, perhaps before that.
 _PASSES = SimpleNamespace(
     cpu=_dispatched(schema.PASSES + schema.PRODUCTS + schema.ALGEBRA + schema.BLOCKS),
-    cuda=with_products(_dispatched(schema.PASSES)),
+    cuda=with_products(_dispatched(schema.PASSES + schema.ALGEBRA)),
     reference=with_products(reference),
 )
 

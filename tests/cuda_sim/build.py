@@ -52,7 +52,7 @@ def compile_objects(sources: Iterable[Path], flags: list[str], folder: Path) -> 
 
 def library() -> Path:
     """The simulated passes as a shared library, compiled again when a source changes."""
-    sources = [*KERNELS.glob("passes_*.cu"), SIMULATOR / "bindings.cpp", SIMULATOR / "simulator.cpp"]
+    sources = [*KERNELS.glob("*.cu"), SIMULATOR / "bindings.cpp", SIMULATOR / "simulator.cpp"]
     texts = [*sources, *KERNELS.glob("*h"), ROOT / "csrc" / "bindings" / "cuda_passes.h", SIMULATOR / "simulator.h"]
     key = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(texts)))
     key.update(torch.__version__.encode())

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from effnet_fast.passes import schema
-from effnet_fast.passes.schema import PASSES
+from effnet_fast.passes.schema import ALGEBRA, PASSES
 from tests.cuda_sim import build
 
 # how the threads of a block take turns between barriers
@@ -22,16 +22,15 @@ def simulator() -> ctypes.CDLL:
     """The library behind the simulated passes; `passes` has them as Python functions."""
     if build.cuda_include() is None:
         pytest.skip("no CUDA toolkit: its headers are needed, in CUDA_HOME or /usr/local/cuda")
-    for definition in schema._SCHEMAS:
-        if definition.split("(")[0] in PASSES:
-            _LIBRARY.define(definition)
+    for definition in (*schema._SCHEMAS, *schema._ALGEBRA_SCHEMAS):
+        _LIBRARY.define(definition)
     return build.load(build.library())
 
 
 @pytest.fixture(scope="session")
 def passes(simulator: ctypes.CDLL) -> SimpleNamespace:
     ops = torch.ops.effnet_fast_simulated
-    return SimpleNamespace(**{name: getattr(ops, name).default for name in PASSES})
+    return SimpleNamespace(**{name: getattr(ops, name).default for name in PASSES + ALGEBRA})
 
 
 @pytest.fixture

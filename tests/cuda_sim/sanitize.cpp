@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <vector>
 
+#include "algebra.cuh"
 #include "launch.cuh"
 
 using namespace effnet_fast;
@@ -53,7 +54,29 @@ void run(const Shape& s, const Launch& on) {
     }
 }
 
+void run_algebra(int64_t images, int channels, int squeezed) {
+  using Floats = std::vector<float>;
+  const Launch on{nullptr, 1, 1};
+  const Floats per_channel = values<float>(channels), matrix = values<float>((int64_t)channels * squeezed);
+  const Floats bias = values<float>(squeezed), stats = values<float>(5 * channels);
+  const Floats sums = values<float>(5 * images * channels);
+  const Floats per_image = values<float>(images * channels), squeeze = values<float>(2 * images * channels);
+  const float *c = per_channel.data(), *nc = per_image.data();
+  Floats out(5 * channels), grads(4 * channels), gates(2 * images * channels), pooled(images * channels);
+  Algebra::batch_norm_stats(c, stats.data(), c, c, 1e-3f, 35, channels, out.data(), on);
+  Algebra::batch_norm_grad(stats.data(), sums.data(), 5, nc, nc, 35, images, channels, grads.data(), on);
+  Algebra::batch_norm_grad(stats.data(), sums.data(), 2, nullptr, nullptr, 35, images, channels, grads.data(), on);
+  const SqueezeWeights mlp{matrix.data(), bias.data(), matrix.data(), c, channels, squeezed};
+  Algebra::squeeze_gate(nc, 35, mlp, images, gates.data(), on);
+  Floats reduce(matrix.size()), reduce_bias(squeezed), expand(matrix.size()), expand_bias(channels);
+  Floats partials(2 * images * squeezed);
+  Algebra::squeeze_gate_grad(squeeze.data(), nc, 35, mlp, images, pooled.data(),
+                             {reduce.data(), reduce_bias.data(), expand.data(), expand_bias.data()}, partials.data(),
+                             on);
+}
+
 int main() {
+  run_algebra(2, 13, 3);
   run<float>({2, 8, 5, 6}, {nullptr, 4, 1});
   run<__nv_bfloat16>({1, 24, 4, 3}, {nullptr, 8, 2});
   run<__nv_bfloat16>({2, 5, 3, 4}, {nullptr, 1, 1});

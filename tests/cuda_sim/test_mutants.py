@@ -12,7 +12,7 @@ import torch
 from tests.cuda_sim import build
 from tests.cuda_sim.conftest import ORDERS, Simulate
 from tests.cuda_sim.test_passes import check
-from tests.passes.samples import Call, depthwise_calls, elementwise_calls
+from tests.passes.samples import Call, algebra_calls, depthwise_calls, elementwise_calls
 
 BARRIERS = [
     (path.name, number)
@@ -28,6 +28,7 @@ def calls() -> Iterator[Call]:
         yield from elementwise_calls(shape, torch.float32)
         yield from depthwise_calls(shape, torch.float32, 3, 1, False)
         yield from depthwise_calls(shape, torch.float32, 5, 2, True)
+    yield from algebra_calls(3, 300, 40)
 
 
 def killer(passes: SimpleNamespace, simulate: Simulate) -> str | None:
@@ -64,7 +65,9 @@ def test_without_one_barrier(
 BOUNDS = [
     ("depthwise.cuh", "column >= 0 && column < s.w &&", "column >= 0 && column <= s.w &&"),
     ("depthwise_backward.cuh", "row >= 0 && row < win.out_h &&", "row >= 0 && row <= win.out_h &&"),
-    ("pointwise.cuh", "value < values)", "value <= values)"),
+    ("reductions.cuh", "value < values)", "value <= values)"),
+    ("algebra.cuh", "row + mine < rows)", "row + mine <= rows)"),
+    ("algebra.cuh", "column < columns)", "column <= columns)"),
 ]
 
 

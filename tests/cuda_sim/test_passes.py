@@ -9,12 +9,13 @@ from torch import Tensor
 
 from effnet_fast.passes import reference
 from effnet_fast.passes.backend import with_products
-from effnet_fast.passes.schema import PASSES
+from effnet_fast.passes.schema import ALGEBRA, PASSES
 from tests.cuda_sim.conftest import FORWARD, ORDERS, RANDOM, REVERSE, Simulate
 from tests.passes.samples import (
     CONVOLUTIONS,
     SHAPES,
     Call,
+    algebra_calls,
     channels_last,
     depthwise_calls,
     elementwise_calls,
@@ -37,7 +38,7 @@ def tensors(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 def check(passes: SimpleNamespace, call: Call, dtype: torch.dtype) -> None:
     actual = tensors(getattr(passes, call.name)(*call.args))
-    expected = tensors(getattr(reference, call.name)(*call.to_float64()))
+    expected = tensors(getattr(with_products(reference), call.name)(*call.to_float64()))
     for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
         stored = a.dim() == 4 and not (call.name == "backward_dwconv" and i == 1)
         assert a.shape == e.shape
@@ -85,6 +86,34 @@ def test_however_the_work_is_cut(
         check(passes, call, torch.float32)
 
 
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    ("images", "channels", "squeezed"), [(2, 32, 8), (0, 16, 4), (1, 8, 1), (5, 13, 3), (40, 96, 24), (3, 300, 40)]
+)
+def test_algebra_between_the_passes(
+    passes: SimpleNamespace, simulate: Simulate, images: int, channels: int, squeezed: int, order: int
+) -> None:
+    simulate(order, 1)
+    for call in algebra_calls(images, channels, squeezed):
+        check(passes, call, torch.float32)
+
+
+def test_weights_in_16_bits(passes: SimpleNamespace) -> None:
+    """Of a model that is in 16 bits as a whole."""
+    for call in algebra_calls(3, 40, 10):
+        first = {"batch_norm_stats": 2, "squeeze_gate": 2, "squeeze_gate_grad": 3}.get(call.name)
+        if first is not None:
+            args = [a.bfloat16() if isinstance(a, Tensor) and i >= first else a for i, a in enumerate(call.args)]
+            check(passes, Call(call.name, tuple(args)), torch.float32)
+
+
+def test_many_partial_results(passes: SimpleNamespace, simulate: Simulate) -> None:
+    """More than 64 of each, which more threads add up."""
+    simulate(RANDOM, 132)
+    for call in elementwise_calls((1, 13, 100, 100), torch.float32):
+        check(passes, call, torch.float32)
+
+
 # Both operands of a product are rounded before it, and its result.
 PRODUCT_TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -106,14 +135,19 @@ def test_every_pass_is_sampled() -> None:
     calls = [
         *elementwise_calls((1, 8, 3, 3), torch.float32),
         *depthwise_calls((1, 8, 3, 3), torch.float32, 3, 1, False),
+        *algebra_calls(1, 8, 1),
     ]
-    assert {call.name for call in calls} >= set(PASSES)
+    assert {call.name for call in calls} == {*PASSES, *ALGEBRA}
 
 
 @pytest.mark.parametrize("order", [REVERSE, RANDOM])
 def test_results_do_not_depend_on_the_order_of_threads(passes: SimpleNamespace, simulate: Simulate, order: int) -> None:
     shape = (2, 24, 9, 6)
-    for call in [*elementwise_calls(shape, torch.bfloat16), *depthwise_calls(shape, torch.bfloat16, 5, 2, False)]:
+    for call in [
+        *elementwise_calls(shape, torch.bfloat16),
+        *depthwise_calls(shape, torch.bfloat16, 5, 2, False),
+        *algebra_calls(9, 40, 10),
+    ]:
         results = []
         for turns in (FORWARD, order):
             simulate(turns, 2)
@@ -195,7 +229,7 @@ X, ONES = channels_last(torch.zeros(2, 16, 4, 4)), torch.ones(16)
 @pytest.mark.parametrize(
     ("make", "message"),
     # any number of channels will do here
-    [case for case in WRONG if case[0](X, ONES)[0] in PASSES and "7 channels" not in case[1]],
+    [case for case in WRONG if case[0](X, ONES)[0] in PASSES + ALGEBRA and "7 channels" not in case[1]],
 )
 def test_wrong_arguments_are_named(passes: SimpleNamespace, make, message: str) -> None:
     name, args = make(X, ONES)

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from effnet_fast import create_model
 from effnet_fast.passes import reference
 from effnet_fast.passes.backend import passes_for, resolve, use_backend, with_products
-from tests.passes.samples import CONVOLUTIONS, SHAPES, Call, depthwise_calls, elementwise_calls, product_calls
+from tests.passes.samples import (
+    CONVOLUTIONS,
+    SHAPES,
+    Call,
+    algebra_calls,
+    depthwise_calls,
+    elementwise_calls,
+    product_calls,
+)
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
@@ -37,12 +45,14 @@ def passes_of(backend: str, x: Tensor) -> Any:
         return passes_for(x)
 
 
+def tensors(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else result
+
+
 def check(backend: str, call: Call, dtype: torch.dtype) -> None:
     passes = passes_of(backend, call.args[0].cuda())
-    actual = getattr(passes, call.name)(*map(on_gpu, call.args))
-    expected = getattr(reference, call.name)(*call.to_float64())
-    if isinstance(actual, Tensor):
-        actual, expected = (actual,), (expected,)
+    actual = tensors(getattr(passes, call.name)(*map(on_gpu, call.args)))
+    expected = tensors(getattr(with_products(reference), call.name)(*call.to_float64()))
     for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
         limit = TOLERANCE[dtype] * max(1.0, e.abs().max().item() if e.numel() else 0.0)
         torch.testing.assert_close(a.double().cpu(), e, rtol=0, atol=limit, msg=lambda m, i=i: f"{call.name}[{i}]: {m}")
@@ -65,14 +75,20 @@ def test_depthwise_passes(
         check(backend, call, dtype)
 
 
+@pytest.mark.parametrize(
+    ("images", "channels", "squeezed"), [(2, 32, 8), (0, 16, 4), (1, 8, 1), (5, 13, 3), (64, 1152, 48)]
+)
+def test_algebra_between_the_passes(backend: str, images: int, channels: int, squeezed: int) -> None:
+    for call in algebra_calls(images, channels, squeezed):
+        check(backend, call, torch.float32)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_products(backend: str, dtype: torch.dtype) -> None:
     """Composed of the passes and PyTorch's matrix products, whose operands are rounded."""
     for call in product_calls((2, 16, 9, 7), dtype, 48):
-        actual = getattr(passes_of(backend, call.args[0].cuda()), call.name)(*map(on_gpu, call.args))
-        expected = getattr(with_products(reference), call.name)(*call.to_float64())
-        if isinstance(actual, Tensor):
-            actual, expected = (actual,), (expected,)
+        actual = tensors(getattr(passes_of(backend, call.args[0].cuda()), call.name)(*map(on_gpu, call.args)))
+        expected = tensors(getattr(with_products(reference), call.name)(*call.to_float64()))
         for a, e in zip(actual, expected, strict=True):
             limit = 2 * TOLERANCE[dtype] * max(1.0, e.abs().max().item() if e.numel() else 0.0)
             torch.testing.assert_close(a.double().cpu(), e, rtol=0, atol=limit)
@@ -81,6 +97,8 @@ def test_products(backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_small(backend: str, dtype: torch.dtype) -> None:
     """Few enough blocks for compute-sanitizer, every kernel."""
+    for call in algebra_calls(2, 40, 10):
+        check(backend, call, torch.float32)
     for shape in ((1, 16, 5, 6), (2, 5, 4, 3)):
         for call in elementwise_calls(shape, dtype):
             check(backend, call, dtype)
@@ -90,9 +108,9 @@ def test_small(backend: str, dtype: torch.dtype) -> None:
 
 
 def test_a_run_repeats_bit_for_bit(backend: str) -> None:
-    for call in depthwise_calls((8, 96, 28, 28), torch.bfloat16, 5, 1, False):
+    for call in [*depthwise_calls((8, 96, 28, 28), torch.bfloat16, 5, 1, False), *algebra_calls(64, 480, 20)]:
         passes = passes_of(backend, call.args[0].cuda())
-        first, again = (getattr(passes, call.name)(*map(on_gpu, call.args)) for _ in range(2))
+        first, again = (tensors(getattr(passes, call.name)(*map(on_gpu, call.args))) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
