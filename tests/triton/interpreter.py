@@ -1,7 +1,8 @@
 """Makes Triton's interpreter trustworthy, and runs a pass in it with guarded memory.
 
-The interpreter (triton 3.8) does bfloat16 arithmetic on the raw bits, truncates where it should round to bfloat16, and
-lets accesses out of bounds pass. Only for processes with ``TRITON_INTERPRET=1``.
+The interpreter (triton 3.6 and 3.8) does bfloat16 arithmetic on the raw bits, truncates where it should round to
+bfloat16, and lets accesses out of bounds pass; that of 3.6 can't loop with a recent numpy. Only for processes with
+``TRITON_INTERPRET=1``.
 """
 
 from collections.abc import Callable, Iterator
@@ -65,6 +66,16 @@ def _binary_op(original: Callable[..., Any]) -> Callable[..., Any]:
     return binary_op
 
 
+def _patch_tensor(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The bounds of a loop are arrays of one value, of which int() makes no number from numpy 2.4 on."""
+
+    def patch_tensor(tensor: Any, scope: Any) -> None:
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    return patch_tensor
+
+
 def _patch_once(original: Callable[..., Any]) -> Callable[..., Any]:
     """The interpreter replaces triton.language's functions anew in every call of a function: a third of its time."""
     active: dict[tuple[str, ...], Any] = {}  # by what a function sees of triton.language
@@ -92,7 +103,8 @@ def _patch_once(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def fix_interpreter() -> None:
-    """Round to nearest even, refuse arithmetic that would be wrong, and save time."""
+    """Round to nearest even, refuse arithmetic that would be wrong, loop, and save time."""
+    interpreter._patch_lang_tensor = _patch_tensor(interpreter._patch_lang_tensor)
     interpreter._patch_lang = _patch_once(interpreter._patch_lang)
     interpreter._convert_float = _convert_float(interpreter._convert_float)
     interpreter.InterpreterBuilder.binary_op = _binary_op(interpreter.InterpreterBuilder.binary_op)

@@ -1,8 +1,9 @@
 """What the kernels share: a BatchNorm's operands, SiLU and its slope, loads and stores.
 
 A tile of a kernel is [BLOCK_P, BLOCK_C]: BLOCK_P lanes, each at a pixel of its own, by channels, which lie next to each
-other in memory. Everything is float32 from the load on. An operand that is not given is None: the branches on it are
-taken when the kernel is compiled.
+other in memory. Everything is float32 from the load on. An operand that is not given has None for a pointer: the
+branches on that are taken when the kernel is compiled. Its loaded value is a zero that is never used, and not None,
+which functions can't return in Triton 3.6.
 """
 
 from typing import Any, NamedTuple
@@ -45,23 +46,23 @@ def silu_slope(u):
 
 
 @triton.jit
-def output_grad(grad, y, op, SILU: tl.constexpr):
-    """The gradient of y through its BatchNorm, SiLU and gate: see `passes.schema`."""
+def output_grad(grad, y, op, loaded, SILU: tl.constexpr):
+    """The gradient of y through its BatchNorm, SiLU and gate: see `passes.schema`. loaded: op's values."""
     du = grad
     if op.gate is not None:
-        du = du * op.gate
+        du = du * loaded.gate
     if op.pooled_grad is not None:
-        du = du + op.pooled_grad
+        du = du + loaded.pooled_grad
     if SILU:
-        du = du * silu_slope(y * op.scale + op.shift)
-    return du * op.scale + (y - op.mean) * op.b + op.a
+        du = du * silu_slope(y * loaded.scale + loaded.shift)
+    return du * loaded.scale + (y - loaded.mean) * loaded.b + loaded.a
 
 
 @triton.jit
 def load_channels(pointer, c, channels):
     """A [C] operand at the channels c: [1, BLOCK_C]."""
     if pointer is None:
-        return None
+        return 0.0
     else:
         return tl.load(pointer + c, mask=c < channels, other=0.0)[None, :]
 
@@ -70,7 +71,7 @@ def load_channels(pointer, c, channels):
 def load_image_channels(pointer, n, c, channels, images):
     """A [N, C] operand at the images n and the channels c: [BLOCK_P, BLOCK_C]."""
     if pointer is None:
-        return None
+        return 0.0
     else:
         mask = (n < images)[:, None] & (c < channels)[None, :]
         return tl.load(pointer + (n * channels)[:, None] + c[None, :], mask=mask, other=0.0)

@@ -28,18 +28,21 @@ from effnet_fast.passes.triton.strips import Images, column_mask, row_mask, row_
 
 
 @triton.jit
-def load_input(pointer, inside, norm):
-    """Pixels of the convolution's input: x, or SiLU(BatchNorm(x)). The padding is zero after the activation."""
+def load_input(pointer, inside, norm, loaded):
+    """Pixels of the convolution's input: x, or SiLU(BatchNorm(x)). The padding is zero after the activation.
+
+    loaded: the norm's values.
+    """
     value = tl.load(pointer, mask=inside, other=0.0).to(tl.float32)
     if norm.scale is None:
         return value
     else:
-        return tl.where(inside, silu(value * norm.scale + norm.shift), 0.0)
+        return tl.where(inside, silu(value * loaded.scale + loaded.shift), 0.0)
 
 
 @triton.jit
 def take_step(
-    outputs, x, weight, n, row, left, norm, inputs, c, channels,
+    outputs, x, weight, n, row, left, norm, loaded, inputs, c, channels,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, REACH: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Adds the input's rows `row` to `row + STRIDE - 1` to the outputs that see them.
@@ -52,7 +55,7 @@ def take_step(
         in_row = row_mask(n, row + phase, inputs, c, channels)
         pixels = ()
         for i in tl.static_range((COLUMNS - 1) * STRIDE + KERNEL):
-            pixels += (load_input(pointers + i * channels, in_row & column_mask(left + i, inputs), norm),)
+            pixels += (load_input(pointers + i * channels, in_row & column_mask(left + i, inputs), norm, loaded),)
         for j in tl.static_range(REACH):
             outputs_row = outputs[:COLUMNS]
             if phase + STRIDE * j < KERNEL:
@@ -75,7 +78,7 @@ def dwconv_stats_kernel(
     channels = groups * GROUP
     lane_c = tl.arange(0, BLOCK_C)
     c = tl.program_id(1) * BLOCK_C + lane_c
-    norm = load_norm(norm, c, channels)
+    loaded = load_norm(norm, c, channels)
     weight += (tl.program_id(1) * KERNEL * KERNEL * BLOCK_C + lane_c)[None, :]
     n, top, left = strip_corners(tl.program_id(0), images, rows, COLUMNS, BLOCK_P)
     outputs = zeros(REACH * COLUMNS, BLOCK_P, BLOCK_C)
@@ -84,8 +87,8 @@ def dwconv_stats_kernel(
     square = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     for step in range(rows + REACH - 1):
         outputs = take_step(
-            outputs, x, weight, n, (top + step) * STRIDE - pad_h, left * STRIDE - pad_w, norm, inputs, c, channels,
-            KERNEL, STRIDE, REACH, COLUMNS, BLOCK_C,
+            outputs, x, weight, n, (top + step) * STRIDE - pad_h, left * STRIDE - pad_w, norm, loaded, inputs,
+            c, channels, KERNEL, STRIDE, REACH, COLUMNS, BLOCK_C,
         )  # fmt: skip
         row = top + step - (REACH - 1)
         complete = outputs[(REACH - 1) * COLUMNS :]
@@ -113,7 +116,7 @@ def dwconv_affine_kernel(
     channels = groups * GROUP
     lane_c = tl.arange(0, BLOCK_C)
     c = tl.program_id(1) * BLOCK_C + lane_c
-    in_norm = load_norm(in_norm, c, channels)
+    in_loaded = load_norm(in_norm, c, channels)
     norm = load_norm(norm, c, channels)
     weight += (tl.program_id(1) * KERNEL * KERNEL * BLOCK_C + lane_c)[None, :]
     n, top, left = strip_corners(tl.program_id(0), images, rows, COLUMNS, BLOCK_P)
@@ -121,8 +124,8 @@ def dwconv_affine_kernel(
     pooled = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     for step in range(rows + REACH - 1):
         outputs = take_step(
-            outputs, x, weight, n, (top + step) * STRIDE - pad_h, left * STRIDE - pad_w, in_norm, inputs, c, channels,
-            KERNEL, STRIDE, REACH, COLUMNS, BLOCK_C,
+            outputs, x, weight, n, (top + step) * STRIDE - pad_h, left * STRIDE - pad_w, in_norm, in_loaded, inputs,
+            c, channels, KERNEL, STRIDE, REACH, COLUMNS, BLOCK_C,
         )  # fmt: skip
         row = top + step - (REACH - 1)
         complete = outputs[(REACH - 1) * COLUMNS :]

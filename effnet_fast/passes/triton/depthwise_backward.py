@@ -51,15 +51,15 @@ from effnet_fast.passes.triton.strips import Images, column_mask, row_mask, row_
 
 
 @triton.jit
-def load_output_grad_pixel(grad, y, op, n, row, column, images, c, channels):
-    """dy, zero outside of the image."""
+def load_output_grad_pixel(grad, y, op, loaded, n, row, column, images, c, channels):
+    """dy, zero outside of the image. loaded: op's values."""
     inside = row_mask(n, row, images, c, channels) & column_mask(column, images)
     dy = tl.load(row_pointers(grad, n, row, column, images, c, channels), mask=inside, other=0.0).to(tl.float32)
     if op.scale is None:
         return dy
     else:
         value = tl.load(row_pointers(y, n, row, column, images, c, channels), mask=inside, other=0.0).to(tl.float32)
-        return tl.where(inside, output_grad(dy, value, op, True), 0.0)
+        return tl.where(inside, output_grad(dy, value, op, loaded, True), 0.0)
 
 
 @triton.jit
@@ -112,7 +112,8 @@ def backward_dwconv_kernel(
             # What is taken from the front of a tuple is put at its back: after all taps the order is as before.
             for i in tl.static_range(REACH):
                 dy = load_output_grad_pixel(
-                    grad, y, out_op, n, top + pad_h // STRIDE + step, left + pad_w // STRIDE - i, outputs, c, channels
+                    grad, y, op, out_op, n, top + pad_h // STRIDE + step, left + pad_w // STRIDE - i, outputs,
+                    c, channels,
                 )  # fmt: skip
                 for kh in tl.static_range(KERNEL):
                     for phase in tl.static_range(STRIDE):

@@ -162,12 +162,12 @@ def backward_apply_kernel(
     channels = groups * GROUP
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     n, lane, end = tile_pixels(tl.program_id(0), segments, BLOCK_P, pixels, BLOCK_P)
-    op = load_output_grad(op, n, c, channels, images)
+    loaded = load_output_grad(op, n, c, channels, images)
     mask = (lane < end)[:, None] & (c < channels)[None, :]
     offsets = pixel_offsets(n, lane, pixels, c, channels)
     given = tl.load(grad + offsets, mask=mask, other=0.0).to(tl.float32)
     value = tl.load(y + offsets, mask=mask, other=0.0).to(tl.float32)
-    tl.store(dy + offsets, output_grad(given, value, op, SILU).to(dy.dtype.element_ty), mask=mask)
+    tl.store(dy + offsets, output_grad(given, value, op, loaded, SILU).to(dy.dtype.element_ty), mask=mask)
 
 
 def channel_stats(x: Tensor) -> tuple[Tensor, Tensor]:
