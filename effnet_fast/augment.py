@@ -32,7 +32,8 @@ STD = (0.229, 0.224, 0.225)
 CROP_SCALE = (0.08, 1.0)
 FAST_CROP_SCALE = (0.35, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
-ERASE_PROBABILITY = 0.5
+# Share of the images that lose a part.
+ERASE = {"reference": 0.5, "fast": 0.5, "crop": 0.0}
 ERASE_SCALE = (0.02, 0.33)
 ERASE_RATIO = (0.3, 3.3)
 
@@ -54,6 +55,7 @@ def train_loader(
     autoaugment: str | None = None,
     randaugment: int | None = None,
     crop_pct: float = CROP_PCT,
+    erase: float | None = None,
     shard: tuple[int, int] = (0, 1),
 ) -> "Loader":
     """Shuffled, augmented batches; the last partial batch is dropped unless it is the only one.
@@ -62,8 +64,8 @@ def train_loader(
         split: the examples.
         augment: `reference`: random resized crop, AutoAugment, flip and random erasing of one example at a
             time; or `fast`: the same with larger crops and without AutoAugment, of whole batches on the device,
-            from pixels that are kept there; or `crop`: as `fast`, but without erasing, and the crop is a window at
-            validation's scale, moved by up to an eighth of `size` beyond the edges, where pixels are mirrored.
+            from pixels that are kept there; or `crop`: as `fast`, but the crop is a window at validation's scale,
+            moved by up to an eighth of `size` beyond the edges, where pixels are mirrored.
         size: of the batches, in pixels.
         batch_size: examples.
         seed: of everything random.
@@ -76,6 +78,7 @@ def train_loader(
         autoaugment: AutoAugment policy of AUTOAUGMENTS; None is cifar10 in `reference`, no AutoAugment in the others.
         randaugment: magnitude of RandAugment in place of AutoAugment. In `fast` and `crop`, both cost a call an image.
         crop_pct: as in `val_loader`; decides the scale of `crop`.
+        erase: share of the images of which random erasing hides a part; None is the `augment`'s of ERASE.
         shard: (number, count) of the process among those that share each step: together their batches are one of
             `count * batch_size` examples, augmented as it would be in one process.
 
@@ -85,9 +88,13 @@ def train_loader(
     """
     _check_arguments(split, augment, size, batch_size, num_workers, crop_pct)
     policy = _policy(autoaugment, randaugment)
+    if erase is None:
+        erase = ERASE[augment]
+    if not 0 <= erase <= 1:
+        raise ValueError(f"erase: got {erase}, must be from 0 to 1")
     fetch: Callable[[_Job], Batch]
     if augment == "reference":
-        fetch = _ReferenceTraining(split, size, seed, policy or v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10))
+        fetch = _ReferenceTraining(split, size, seed, policy or v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10), erase)
     else:
         num_workers = 0
         boxes = random_crops
@@ -96,7 +103,7 @@ def train_loader(
         if augment == "crop":
             boxes = partial(random_windows, size=size)
             tensors = TensorSplit(mirror_edges(resize_square(tensors.images, side), size // 8), tensors.labels)
-        fetch = _FastTraining(tensors, size, seed, torch.device(device), policy, boxes, erase=augment == "fast")
+        fetch = _FastTraining(tensors, size, seed, torch.device(device), policy, boxes, erase)
     return Loader(
         fetch,
         len(split),
@@ -343,7 +350,7 @@ def _policy(autoaugment: str | None, randaugment: int | None) -> v2.Transform | 
 
 
 class _ReferenceTraining:
-    def __init__(self, split: Split, size: int, seed: int, policy: v2.Transform) -> None:
+    def __init__(self, split: Split, size: int, seed: int, policy: v2.Transform, erase: float) -> None:
         self.split = split
         self.seed = seed
         self.transform = v2.Compose(
@@ -356,7 +363,7 @@ class _ReferenceTraining:
                 v2.PILToTensor(),
                 v2.ToDtype(torch.float32, scale=True),
                 v2.Normalize(MEAN, STD),
-                v2.RandomErasing(ERASE_PROBABILITY, ERASE_SCALE, ERASE_RATIO),
+                v2.RandomErasing(erase, ERASE_SCALE, ERASE_RATIO),
             ]
         )
 
@@ -407,8 +414,7 @@ class _FastTraining:
         device: torch.device,
         policy: v2.Transform | None,
         random_boxes: Callable[[torch.Generator, int, int, int], Tensor],
-        *,
-        erase: bool,
+        erase: float,
     ) -> None:
         self.images = split.images.to(device)
         self.labels = split.labels.to(device)
@@ -436,7 +442,7 @@ class _FastTraining:
             pixels = torch.stack(changed).permute(0, 2, 3, 1)
         batch = _normalize(pixels)
         if self.erase:
-            _erase(batch, random_holes(generator, count, self.size)[job.part])
+            _erase(batch, random_holes(generator, count, self.size, self.erase)[job.part])
         return batch, self.labels[chosen]
 
 
@@ -519,10 +525,10 @@ def mirror_edges(images: Tensor, pixels: int) -> Tensor:
     return images[:, :, rows][:, :, :, columns]
 
 
-def random_holes(generator: torch.Generator, count: int, size: int) -> Tensor:
+def random_holes(generator: torch.Generator, count: int, size: int, share: float) -> Tensor:
     """Boxes as RandomErasing's: int64 [count, 4], of (top, left, height, width) in pixels, on the CPU.
 
-    Images that keep all their pixels have a box of height and width 0.
+    share: of the images that lose a part; the others have a box of height and width 0.
     """
     boxes = _random_boxes(
         generator,
@@ -535,7 +541,7 @@ def random_holes(generator: torch.Generator, count: int, size: int) -> Tensor:
         largest=(size - 1, size - 1),
         otherwise=(0, 0),
     )
-    boxes[torch.rand(count, generator=generator) >= ERASE_PROBABILITY, 2:] = 0
+    boxes[torch.rand(count, generator=generator) >= share, 2:] = 0
     return boxes
 
 

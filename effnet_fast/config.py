@@ -7,8 +7,8 @@ from effnet_fast.scaling import get_family, get_variant
 
 # What a checkpoint's tensors and its place in the training data depend on.
 FIXED_ON_RESUME = (
-    *("variant", "family", "strides", "dataset", "resolution", "augment", "crop_pct", "seed", "limit_train"),
-    *("batch_size", "accumulate", "optimizer", "freeze", "processes"),
+    *("variant", "family", "strides", "dataset", "resolution", "augment", "crop_pct", "erase", "seed"),
+    *("limit_train", "batch_size", "accumulate", "optimizer", "freeze", "processes"),
 )
 
 
@@ -28,6 +28,7 @@ class Config:
     lr: float
     augment: str
     crop_pct: float
+    erase: float
     amp: str
     memory: str
     seed: int

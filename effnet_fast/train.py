@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from effnet_fast import distributed
 from effnet_fast.amp import AMP_DTYPES
-from effnet_fast.augment import AUGMENTS, AUTOAUGMENTS, Batch, Loader, train_loader, val_loader
+from effnet_fast.augment import AUGMENTS, AUTOAUGMENTS, ERASE, Batch, Loader, train_loader, val_loader
 from effnet_fast.cli import ArgumentParser, at_least, devices, integers
 from effnet_fast.config import Config, fixed_difference, stored_options
 from effnet_fast.data import CROP_PCT, DATASETS, check_crop_pct, load_dataset
@@ -97,6 +97,12 @@ def _parser() -> ArgumentParser:
         type=at_least(0.0),
         default=CROP_PCT,
         help="share of an image's side that validation sees, and the scale of --augment crop; default: 0.875",
+    )
+    parser.add_argument(
+        "--erase",
+        type=at_least(0.0),
+        metavar="SHARE",
+        help="of the images, of which random erasing hides a part; default: 0.5, 0 with --augment crop",
     )
     parser.add_argument("--amp", choices=AMP_DTYPES, help="mixed precision; default: fp16 on CUDA, else off")
     parser.add_argument(
@@ -306,6 +312,10 @@ def _config(args: dict[str, Any]) -> Config:
     for name in ("drop_rate", "drop_path_rate"):
         if args[name] is not None and args[name] >= 1:
             raise ValueError(f"--{name.replace('_', '-')}: got {args[name]}, must be from 0 to less than 1")
+    if args["erase"] is None:
+        args["erase"] = ERASE[args["augment"]]
+    if args["erase"] > 1:
+        raise ValueError(f"--erase: got {args['erase']}, must be from 0 to 1")
     device = _device(args["device"])
     args["device"] = str(device)
     if args["amp"] is None:
@@ -429,6 +439,7 @@ def train(
         num_classes=len(data.classes),
         autoaugment=config.autoaugment,
         randaugment=config.randaugment,
+        erase=config.erase,
         **shared,
     )
     val_batches = val_loader(val_split, **shared)

@@ -176,7 +176,7 @@ def test_crops_are_distributed_as_random_resized_crop(height: int, width: int) -
 @pytest.mark.parametrize("size", [8, 32])
 def test_holes_are_distributed_as_random_erasing(size: int) -> None:
     count = 4000
-    drawn_ours = random_holes(torch.Generator().manual_seed(0), 2 * count, size)
+    drawn_ours = random_holes(torch.Generator().manual_seed(0), 2 * count, size, 0.5)
     ours = drawn_ours[(drawn_ours[:, 2:] > 0).all(1)]
     transform = v2.RandomErasing()
     image = torch.zeros(3, size, size)
@@ -279,7 +279,7 @@ def test_fast_composes_its_parts() -> None:
     generator = torch.Generator().manual_seed(derive_seed(5, 3, "augment", 0))
     boxes = random_crops(generator, 16, 32, 32)
     flipped = torch.rand(16, generator=generator) < 0.5
-    holes = random_holes(generator, 16, 20)
+    holes = random_holes(generator, 16, 20, 0.5)
     expected = crop_resize_flip(split.images[labels], boxes, flipped, 20).permute(0, 3, 1, 2) / 255
     expected = v2.functional.normalize(expected, list(MEAN), list(STD))
     for image, (top, left, height, width) in zip(expected, holes.tolist(), strict=True):
@@ -317,6 +317,18 @@ def test_windows_are_everywhere_alike() -> None:
         assert len(found) == places
         # Five sigma of a binomial distribution.
         assert (found - count / places).abs().max() < 5 * math.sqrt(count / places)
+
+
+@pytest.mark.parametrize("augment", AUGMENTS)
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0, None])
+def test_erase_is_the_share_of_images_that_lose_a_part(augment: str, share: float | None) -> None:
+    count = 400
+    white = TensorSplit(torch.full((count, 3, 24, 24), 255, dtype=torch.uint8), torch.zeros(count, dtype=torch.int64))
+    images, _ = map(torch.cat, zip(*batches(train(white, augment, batch_size=50, erase=share)), strict=True))
+    erased = (images == 0).all(1).flatten(1).any(1).float().mean()
+    expected = {"reference": 0.5, "fast": 0.5, "crop": 0.0}[augment] if share is None else share
+    # Five standard deviations; and one image in a hundred keeps its pixels as no hole that was drawn fits into it.
+    assert abs(erased - expected) <= 5 * math.sqrt(expected * (1 - expected) / count) + 0.02 * expected
 
 
 @pytest.mark.parametrize(("crop_pct", "side"), [(0.875, 36), (1.0, 32)])
@@ -466,13 +478,10 @@ def test_seeds_depend_on_every_part_of_the_key() -> None:
         ({"randaugment": 7}, v2.RandAugment(magnitude=7)),
     ],
 )
-def test_fast_applies_a_policy_to_each_image_after_its_crop(
-    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], policy: v2.Transform
-) -> None:
-    monkeypatch.setattr(augment_module, "ERASE_PROBABILITY", 0.0)
+def test_fast_applies_a_policy_to_each_image_after_its_crop(options: dict[str, Any], policy: v2.Transform) -> None:
     split = noise_split(8)
-    (plain, labels), *_ = batches(train(split, seed=5), epoch=3)
-    (changed, same_labels), *_ = batches(train(split, seed=5, **options), epoch=3)
+    (plain, labels), *_ = batches(train(split, seed=5, erase=0.0), epoch=3)
+    (changed, same_labels), *_ = batches(train(split, seed=5, erase=0.0, **options), epoch=3)
     assert torch.equal(labels, same_labels)
     expected = levels(plain).round().to(torch.uint8)
     with torch.random.fork_rng(devices=[]):
@@ -657,6 +666,8 @@ def test_workers_end_with_a_process_that_still_holds_their_loader() -> None:
         ({"size": 0}, "size: 0, must be at least 1"),
         ({"batch_size": 0}, "batch_size: 0, must be at least 1"),
         ({"num_workers": -1}, "num_workers: -1, must be at least 0"),
+        ({"erase": 1.1}, "erase: got 1.1, must be from 0 to 1"),
+        ({"erase": -0.1}, "erase: got -0.1, must be from 0 to 1"),
         ({"crop_pct": 0.0}, "crop_pct: got 0.0, must be more than 0 and at most 1"),
         ({"crop_pct": 1.1}, "crop_pct: got 1.1, must be more than 0 and at most 1"),
         ({"crop_pct": math.nan}, "crop_pct: got nan, must be"),

@@ -117,6 +117,7 @@ def test_first_line_says_what_is_trained(tmp_path: Path) -> None:
         (["--augment", "none"], "choose from 'reference', 'fast', 'crop'"),
         (["--strides", "1,1"], "strides: got 1,1, must be eight of 1 or 2"),
         (["--crop-pct", "0"], "crop_pct: got 0.0, must be more than 0 and at most 1"),
+        (["--erase", "1.5"], "--erase: got 1.5, must be from 0 to 1"),
         (["--drop-rate", "1"], "--drop-rate: got 1.0, must be from 0 to less than 1"),
         (["--drop-path-rate", "1"], "--drop-path-rate: got 1.0, must be from 0 to less than 1"),
         (["--backend", "tpu"], "choose from 'auto', 'eager', 'cpu'"),
