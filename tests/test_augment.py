@@ -683,7 +683,7 @@ def test_arguments_out_of_range(overrides: dict[str, Any], message: str) -> None
     arguments = {"augment": "fast", "size": 8, "batch_size": 2} | overrides
     with pytest.raises(ValueError, match=message):
         train_loader(noise_split(4), seed=0, **arguments)
-    if not {"mixup", "cutmix", "autoaugment", "randaugment"} & set(overrides):
+    if not {"mixup", "cutmix", "autoaugment", "randaugment", "erase"} & set(overrides):
         with pytest.raises(ValueError, match=message):
             val_loader(noise_split(4), **arguments)
 
