@@ -17,7 +17,7 @@ template <class T, int K, int S>
 struct BackwardShape {
   static constexpr int kColumns = (K + S - 1) / S;  // output columns, and rows, that one position meets
   static constexpr int kSets = 3;
-  static constexpr int kOperands = 7;       // of OutputGrad
+  static constexpr int kOperands = 10;      // seven of OutputGrad, three of the input's norm
   static constexpr int kKept = K + S - 1;   // rows of which something is kept: the window's, in multiples of S
   // output columns; rows a step; floats of a buffer; values of the rows of grad or y, and of x, in a set; floats before
   // what is kept and before the operands
@@ -45,7 +45,7 @@ struct BackwardShape {
 // The windows and both sets of weights take 24 registers at 3x3 and 60 at 5x5, where 50 products for 8 bytes make
 // arithmetic the bound: more than one block of 14 warps would only spill.
 template <class T, int K, int S, int V>
-__global__ void __launch_bounds__(backward_threads(K, S), 1)
+__global__ void __launch_bounds__(backward_threads(K, S), backward_resident(K) / backward_threads(K, S))
     depthwise_backward_kernel(const T* __restrict__ grad, const T* __restrict__ y, const T* __restrict__ x,
                               const float* __restrict__ weight, OutputGrad op, Normalization norm, T* __restrict__ dx,
                               float* __restrict__ weight_partials, float* __restrict__ sum_partials, Shape s, Window win,
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(backward_threads(K, S), 1)
   T* sets = reinterpret_cast<T*>(shared + 2 * shape.buffer);
   const int set_values = 2 * shape.grads + shape.inputs;
   float* kept = shared + shape.kept + 2 * threadIdx.x;  // [slot][column][thread]: SiLU's slope, and x - mean
-  float* operands = shared + shape.operands;  // [7][channel]
+  float* operands = shared + shape.operands;  // [10][channel]
   const auto stage = [&](int which, const float* from, float otherwise = 0) {
     for (int i = threadIdx.x; i < place.count; i += blockDim.x)
       operands[which * kGroup + i] = from ? from[i] : otherwise;
@@ -70,16 +70,16 @@ __global__ void __launch_bounds__(backward_threads(K, S), 1)
     stage(3, op.a + place.c0);
     stage(4, op.b + place.c0);
   }
-  float w[K * K] = {}, dw[K * K] = {}, in_scale = 0, in_shift = 0, in_mean = 0, sum = 0, product = 0;
-  if (place.active) {
+  if (norm.scale) {
+    stage(7, norm.scale + place.c0);
+    stage(8, norm.shift + place.c0);
+    stage(9, norm.mean + place.c0);
+  }
+  const float* in_norm = operands + 7 * kGroup + place.lane;
+  float w[K * K] = {}, dw[K * K] = {}, sum = 0, product = 0;
+  if (place.active)
 #pragma unroll
     for (int i = 0; i < K * K; ++i) w[i] = weight[(int64_t)c * K * K + i];
-    if (norm.scale) {
-      in_scale = norm.scale[c];
-      in_shift = norm.shift[c];
-      in_mean = norm.mean[c];
-    }
-  }
   const Sharing<V> sharing(shape.width);
   const int first_row = first_position(win.pad_h, S), row_end = first_row + positions(s.h, win.pad_h, S);
 
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(backward_threads(K, S), 1)
       const T *grads = sets + step % kSets * set_values, *ys = grads + shape.grads;
       of_grad.row = first + step * shape.step;
       sharing.each(shape.step, [&](int pixel, int r, int column) {
-        constexpr int U = V == 1 ? 1 : 4;  // channels at a time, for few registers
+        constexpr int U = V == 1 ? 1 : K == 3 ? 4 : 2;  // channels at a time, for few registers
         const bool formed = op.scale && of_grad.inside(r, column) && sharing.channel < place.count;
 #pragma unroll
         for (int channel = sharing.channel, k0 = 0; k0 < V; k0 += U, channel += U) {
@@ -204,8 +204,8 @@ __global__ void __launch_bounds__(backward_threads(K, S), 1)
             float entered[1];
             Packet<T, 1>::load(entering + (enters * S + p) * shape.width * kGroup).unpack(entered);
             if (norm.scale) {
-              const float u = entered[0] * in_scale + in_shift, sig = sigmoid_of<T>(u), z = u * sig;
-              store_shared(keep(slot + enters, p), {silu_slope(sig, z), entered[0] - in_mean});
+              const float u = entered[0] * in_norm[0] + in_norm[kGroup], sig = sigmoid_of<T>(u), z = u * sig;
+              store_shared(keep(slot + enters, p), {silu_slope(sig, z), entered[0] - in_norm[2 * kGroup]});
               entered[0] = z;
             }
             activated[kh][p] = mine[p] && (unsigned)(row + kh) < owned_rows ? entered[0] : 0.f;

@@ -82,13 +82,15 @@ struct DepthwisePlan {
 };
 
 constexpr int kForwardColumns = 2;  // columns of a thread in the forward pass
-constexpr int forward_threads(int kernel, int stride) { return stride == 2 ? 224 : kernel == 7 ? 256 : 448; }
-// Of a multiprocessor, as the kernels' registers allow.
+
+// Threads of a block at most, and of all blocks on a multiprocessor, as the kernels' registers allow. Several small
+// blocks wait less for each other than a large one, but load more columns twice, of which 3x3 can have few.
+constexpr int forward_threads(int kernel, int stride) { return kernel == 3 && stride == 1 ? 448 : 224; }
 constexpr int forward_resident(int kernel) { return kernel == 3 ? 896 : 448; }
-// Fewer where a thread needs more than the 144 registers that 448 leave it.
 constexpr int backward_threads(int kernel, int stride) {
-  return kernel == 7 ? 256 : kernel == 5 && stride == 2 ? 384 : 448;
+  return kernel == 7 ? 256 : kernel == 3 && stride == 1 ? 448 : 224;
 }
+constexpr int backward_resident(int kernel) { return kernel == 7 ? 256 : 448; }
 
 // Marches over output rows and columns.
 inline DepthwisePlan forward_plan(const Shape& s, const Window& w, int vector, int multiprocessors) {
@@ -108,15 +110,14 @@ constexpr int first_position(int pad, int stride) { return pad / stride; }
 constexpr int positions(int size, int pad, int stride) { return (size - 1 + pad) / stride - pad / stride + 1; }
 
 inline DepthwisePlan backward_plan(const Shape& s, const Window& w, int vector, int multiprocessors) {
-  const int threads = backward_threads(w.kernel, w.stride);
   return {s.n,
           s.c,
           vector,
           positions(s.h, w.pad_h, w.stride),
           positions(s.w, w.pad_w, w.stride),
           1,
-          threads,
-          threads,
+          backward_threads(w.kernel, w.stride),
+          backward_resident(w.kernel),
           multiprocessors};
 }
 
