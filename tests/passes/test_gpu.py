@@ -156,7 +156,9 @@ def test_a_step_of_a_model(backend: str) -> None:
     expected = nn.functional.cross_entropy(wide(images.double()), labels)
     expected.backward()
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    largest = max(q.grad.norm().item() for q in wide.parameters())
     for (name, p), q in zip(model.named_parameters(), wide.parameters(), strict=True):
-        # Some 50 layers of BatchNorm, each of which may double a rounding.
-        error = ((p.grad - q.grad).norm() / q.grad.norm().clamp_min(1e-6)).item()
-        assert error < 2e-3, f"{name}: {error}"
+        # Rounding errors of 50 layers: 1e-5 on a CPU; of the largest where the gradient itself is 0, as of a bias
+        # before a convolution and its BatchNorm.
+        limit = 1e-4 * q.grad.norm().item() + 1e-6 * largest
+        assert (p.grad - q.grad).norm().item() < limit, name
