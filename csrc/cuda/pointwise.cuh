@@ -224,13 +224,12 @@ __global__ void __launch_bounds__(PixelPlan::kThreads, 4)
     channel_stats_kernel(const T* __restrict__ x, float* __restrict__ partials, Shape s, PixelPlan plan) {
   EFFNET_FAST_SHARED(shared);
   const Share share(s, plan);
-  float* means = shared + plan.rows * plan.lanes * V;
-  Packet<T, V> chunk_first{};
+  // the chunk's first values, then its means' distances from them
+  float* origins = shared + plan.rows * plan.lanes * V;
   ShiftedSums sums[V];
   int count = 0;
   if (share.active) {
     const int64_t base = share.image * s.pixels() * s.c + share.c;
-    chunk_first = Packet<T, V>::load(x + base + share.begin * s.c);
 #pragma unroll 4
     for (int64_t p = share.first; p < share.end; p += plan.rows) {
       float value[V];
@@ -240,30 +239,32 @@ __global__ void __launch_bounds__(PixelPlan::kThreads, 4)
       ++count;
     }
   }
-  float* out = partials + (share.image * plan.chunks + share.chunk) * 4 * s.c + share.c0;
-  const float pixels = (float)(share.end - share.begin);
-  // Of each thread the distance of its first value from the chunk's, then from the chunk's mean, moves its sums there.
-  float away[V], moved[1][V];
-  chunk_first.unpack(away);
+  if (share.row == 0)
+#pragma unroll
+    for (int i = 0; i < V; ++i) origins[share.lane * V + i] = sums[i].first;
+  __syncthreads();
+  // a thread's sums are of distances from its first value: they move by that value's distance from the chunk's first,
+  // and then from the chunk's mean
+  float moved[1][V];
 #pragma unroll
   for (int i = 0; i < V; ++i) {
-    away[i] = sums[i].first - away[i];
-    moved[0][i] = count ? sums[i].sum + count * away[i] : 0.f;
+    sums[i].first -= origins[share.lane * V + i];
+    moved[0][i] = count ? sums[i].sum + count * sums[i].first : 0.f;
   }
+  float* out = partials + (share.image * plan.chunks + share.chunk) * 4 * s.c + share.c0;
+  const float pixels = (float)(share.end - share.begin);
   sum_rows(moved, shared, share, plan, [&](int, int k, float total) {
-    means[k] = total / pixels;
+    const float mean = total / pixels;
     out[k] = pixels;
-    out[2 * s.c + k] = means[k];
+    out[s.c + k] = origins[k];
+    out[2 * s.c + k] = mean;
+    origins[k] = mean;
   });
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < V; ++i) {
-    const float d = away[i] - means[share.lane * V + i];
+    const float d = sums[i].first - origins[share.lane * V + i];
     moved[0][i] = count ? sums[i].square + d * (2 * sums[i].sum + count * d) : 0.f;
-  }
-  if (share.active && share.row == 0) {
-#pragma unroll
-    for (int i = 0; i < V; ++i) out[s.c + share.lane * V + i] = sums[i].first;
   }
   sum_rows(moved, shared, share, plan, [&](int, int k, float total) { out[3 * s.c + k] = total; });
 }
