@@ -6,6 +6,7 @@ from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
+from benchmarks.gpu_traffic import depthwise_block
 from benchmarks.machine_code import INSTRUCTION, Kernel, count, occupancy, resources, run_tool, widths
 
 STORAGE = {"float": "float32", "__nv_bfloat16": "bfloat16", "__half": "float16"}
@@ -14,16 +15,10 @@ MEMORY_BOUND = ("channel_stats", "pool", "apply", "backward_sums", "backward_app
 FEWER_WARPS = ("backward_sums, silu", "backward_apply, silu", "depthwise", "depthwise_backward")
 
 
-def launch_of(name: str, kernel_size: int, stride: int) -> tuple[int, int]:
+def launch_of(name: str, kernel_size: int, stride: int, value_bytes: int) -> tuple[int, int]:
     """(threads, bytes of shared memory) of a block at its largest: the limits of csrc/cuda/plans.h and launchers."""
-    if name in ("depthwise", "depthwise, affine"):
-        threads = 256 if kernel_size == 7 else 448
-        columns = threads // 16 * 2
-        return threads, 4 * (2 * stride * ((columns - 1) * stride + kernel_size) * 16 + 2 * 16)
-    if name == "depthwise_backward":
-        threads = 256 if kernel_size == 7 else 384 if (kernel_size, stride) == (5, 2) else 448
-        columns = threads // 16
-        return threads, 4 * 16 * (max(2 * (columns + kernel_size - 1), kernel_size * columns) + 7)
+    if name.startswith("depthwise"):
+        return depthwise_block(name == "depthwise_backward", kernel_size, stride, value_bytes)
     if name.startswith("squeeze_gate"):  # of the 48 squeezed channels of B0's widest blocks
         return 1024, 4 * (128 * 9 + 48)
     others = {"merge_moments": (512, 12288), "sum_parts": (1024, 4096), "squeeze_weights_grad": (1024, 16384)}
@@ -80,7 +75,7 @@ def kernels(binary: Path) -> list[Kernel]:
     found_kernels = []
     for (architecture, symbol), usage in usages.items():
         name, storage, kernel_size, stride, vector = described(names[symbol])
-        threads, shared = launch_of(name, kernel_size, stride)
+        threads, shared = launch_of(name, kernel_size, stride, 4 if storage == "float" else 2)
         mix = counts[architecture, symbol]
         window = f"{kernel_size}x{kernel_size} / {stride}, " if kernel_size else ""
         found_kernels.append(
@@ -95,7 +90,7 @@ def kernels(binary: Path) -> list[Kernel]:
                 shared=shared,
                 threads=threads,
                 occupancy=occupancy(architecture, usage["REG"], shared, threads),
-                loads=widths(mix, "LDG"),
+                loads=widths(mix, "LDG", "LDGSTS"),
                 stores=widths(mix, "STG"),
                 ffma=count(mix, "FFMA"),
                 seconds=None,

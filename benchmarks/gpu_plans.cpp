@@ -19,3 +19,12 @@ extern "C" void depthwise_plan(bool backward, int64_t n, int c, int h, int w, in
   const int fields[] = {kGroup, p.groups, p.columns, p.strips, p.rows, p.segments, p.threads, p.parts};
   std::copy(std::begin(fields), std::end(fields), plan);
 }
+
+// block: threads and bytes of shared memory of a block at its largest, on an image of many columns
+extern "C" void depthwise_block(bool backward, int kernel, int stride, int value_bytes, int* block) {
+  const Shape s{1, kGroup, 1 << 9, 1 << 9};
+  const Window win{kernel, stride, kernel / 2, kernel / 2, s.h / stride, s.w / stride};
+  const DepthwisePlan p = backward ? backward_plan(s, win, 1, 1) : forward_plan(s, win, 1, 1);
+  block[0] = p.threads;
+  block[1] = backward ? BackwardShape(p, kernel, stride, value_bytes).bytes : ForwardShape(p, kernel, stride, value_bytes).bytes;
+}

@@ -119,6 +119,13 @@ def _plans() -> ctypes.CDLL:
         return ctypes.CDLL(str(library))
 
 
+def depthwise_block(backward: bool, kernel: int, stride: int, value_bytes: int) -> tuple[int, int]:
+    """(threads, bytes of shared memory) of a block of csrc/cuda's depthwise kernels at its largest."""
+    block = (ctypes.c_int * 2)()
+    _plans().depthwise_block(backward, kernel, stride, value_bytes, block)
+    return block[0], block[1]
+
+
 @dataclass(frozen=True)
 class CudaKernels:
     """csrc/cuda, whose plans follow from the number of multiprocessors."""

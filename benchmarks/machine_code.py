@@ -93,12 +93,12 @@ def count(mix: Counter[str], *starts: str) -> int:
     return sum(n for opcode, n in mix.items() if opcode.startswith(starts))
 
 
-def widths(mix: Counter[str], instruction: str) -> dict[int, int]:
-    """How many of an instruction (LDG or STG) access so many bytes."""
+def widths(mix: Counter[str], *instructions: str) -> dict[int, int]:
+    """How many of some instructions (LDG, LDGSTS, STG) access so many bytes."""
     sizes = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1}
     found: Counter[int] = Counter()
     for opcode, n in mix.items():
         name, *modifiers = opcode.split(".")
-        if name == instruction:
+        if name in instructions:
             found[next((sizes[m] for m in modifiers if m in sizes), 4)] += n
     return dict(found)

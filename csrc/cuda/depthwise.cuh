@@ -87,33 +87,14 @@ struct AffineSink {
   }
 };
 
-// The shared memory of a block: two buffers of activated rows, `kSets` sets of rows on their way, the input's operands.
-template <class T, int K, int S>
-struct ForwardShape {
-  static constexpr int kQ = kForwardColumns;
-  static constexpr int kRows = (K + S - 1) / S;  // output rows that an input row belongs to
-  static constexpr int kSets = sizeof(T) == 2 ? 4 : 3;
-  int width, step, activated, set, operands, bytes;  // input columns; output rows a step; floats, values, floats
-
-  // In 48 KB, so that every GPU gives it without being asked.
-  explicit ForwardShape(const DepthwisePlan& plan) {
-    width = (plan.columns - 1) * S + K;
-    const int row_values = S * width * kGroup, fixed = 2 * kGroup * (int)sizeof(float);
-    step = plan.step_rows(kRows - 1, row_values * (2 * (int)sizeof(float) + kSets * (int)sizeof(T)), (48 << 10) - fixed);
-    activated = set = step * row_values;
-    operands = 2 * activated + kSets * set * (int)sizeof(T) / (int)sizeof(float);
-    bytes = std::max(operands + 2 * kGroup, 4 * plan.threads) * (int)sizeof(float);
-  }
-};
-
 // 3x3: two blocks of 14 warps, 44 % of the warps that fit; 5x5 and 7x7 are bound by arithmetic, and keep 25 and 49
 // weights in registers instead.
 template <class T, int K, int S, int V, class Sink>
 __global__ void __launch_bounds__(forward_threads(K, S), forward_resident(K) / forward_threads(K, S))
     depthwise_kernel(const T* __restrict__ x, const float* __restrict__ weight, InputAffine input, Sink sink, Shape s,
-                     Window win, DepthwisePlan plan, ForwardShape<T, K, S> shape) {
-  using Forward = ForwardShape<T, K, S>;
-  constexpr int kQ = Forward::kQ, kRows = Forward::kRows, kColumns = (kQ - 1) * S + K, kSets = Forward::kSets;
+                     Window win, DepthwisePlan plan, ForwardShape shape) {
+  constexpr int kQ = kForwardColumns, kColumns = (kQ - 1) * S + K, kSets = forward_sets(sizeof(T));
+  constexpr int kRows = ceil_div(K, S);  // output rows that an input row belongs to
   EFFNET_FAST_SHARED(shared);
   const Place place(plan, s.c);
   T* sets = reinterpret_cast<T*>(shared + 2 * shape.activated);

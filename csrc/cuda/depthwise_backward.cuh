@@ -11,35 +11,6 @@
 
 namespace effnet_fast {
 
-// The shared memory of a block: two buffers of rows of the output's gradient, `kSets` sets of rows of grad, y and x on
-// their way, what a thread keeps of the rows in its window, the operands of the output's gradient.
-template <class T, int K, int S>
-struct BackwardShape {
-  static constexpr int kColumns = (K + S - 1) / S;  // output columns, and rows, that one position meets
-  static constexpr int kSets = 3;
-  static constexpr int kOperands = 10;      // seven of OutputGrad, three of the input's norm
-  static constexpr int kKept = K + S - 1;   // rows of which something is kept: the window's, in multiples of S
-  // output columns; rows a step; floats of a buffer; values of the rows of grad or y, and of x, in a set; floats before
-  // what is kept and before the operands
-  int width, step, buffer, grads, inputs, kept, operands, bytes;
-
-  // In the 99 KB that a block may have on every GPU with asynchronous copies: one block is all that the registers of a
-  // multiprocessor hold, and three rows in flight of three tensors are what keeps its memory busy.
-  explicit BackwardShape(const DepthwisePlan& plan) {
-    constexpr int kFloat = sizeof(float), kValue = sizeof(T);
-    width = plan.columns + kColumns - 1;
-    const int grad_row = width * kGroup, input_row = S * S * grad_row;
-    const int kept_floats = 2 * kKept * S * plan.threads, operand_floats = kOperands * kGroup;
-    step = plan.step_rows(kColumns - 1, grad_row * 2 * kFloat + kSets * (2 * grad_row + input_row) * kValue,
-                          (96 << 10) - (kept_floats + operand_floats) * kFloat);
-    buffer = grads = step * grad_row;
-    inputs = step * input_row;
-    kept = 2 * buffer + kSets * (2 * grads + inputs) * kValue / kFloat;
-    operands = kept + kept_floats;
-    bytes = std::max(operands + operand_floats, K * plan.columns * kGroup) * kFloat;
-  }
-};
-
 // weight_partials [parts, K * K, C], sum_partials [parts, 2, C] (sums of g and g * hat; zeros without a norm).
 // norm: of the BatchNorm + SiLU between the input and the convolution, or nulls.
 // The windows and both sets of weights take 24 registers at 3x3 and 60 at 5x5, where 50 products for 8 bytes make
@@ -49,14 +20,13 @@ __global__ void __launch_bounds__(backward_threads(K, S), backward_resident(K) /
     depthwise_backward_kernel(const T* __restrict__ grad, const T* __restrict__ y, const T* __restrict__ x,
                               const float* __restrict__ weight, OutputGrad op, Normalization norm, T* __restrict__ dx,
                               float* __restrict__ weight_partials, float* __restrict__ sum_partials, Shape s, Window win,
-                              DepthwisePlan plan, BackwardShape<T, K, S> shape) {
-  using Backward = BackwardShape<T, K, S>;
-  constexpr int kColumns = Backward::kColumns, kSets = Backward::kSets;
+                              DepthwisePlan plan, BackwardShape shape) {
+  constexpr int kColumns = ceil_div(K, S);  // output columns, and rows, that one position meets
+  constexpr int kKept = kept_rows(K, S), kSets = kBackwardSets;
   EFFNET_FAST_SHARED(shared);
   const Place place(plan, s.c);
   const int c = place.c0 + place.lane;
   T* sets = reinterpret_cast<T*>(shared + 2 * shape.buffer);
-  const int set_values = 2 * shape.grads + shape.inputs;
   float* kept = shared + shape.kept + 2 * threadIdx.x;  // [slot][column][thread]: SiLU's slope, and x - mean
   float* operands = shared + shape.operands;  // [10][channel]
   const auto stage = [&](int which, const float* from, float otherwise = 0) {
@@ -101,7 +71,7 @@ __global__ void __launch_bounds__(backward_threads(K, S), backward_resident(K) /
     const T* image = x + tile.image * s.pixels() * s.c + place.c0;
     const auto copy = [&](int step) {
       if (step < steps) {
-        T* set = sets + step % kSets * set_values;
+        T* set = sets + step % kSets * shape.set;
         of_grad.row = first + step * shape.step;
         sharing.each(shape.step, [&](int pixel, int r, int column) {
           const bool inside = of_grad.inside(r, column) && sharing.channel < place.count;
@@ -124,7 +94,7 @@ __global__ void __launch_bounds__(backward_threads(K, S), backward_resident(K) /
     };
     // The output's gradient, from this thread's own copies of grad and y.
     const auto form = [&](int step, float* buffer) {
-      const T *grads = sets + step % kSets * set_values, *ys = grads + shape.grads;
+      const T *grads = sets + step % kSets * shape.set, *ys = grads + shape.grads;
       of_grad.row = first + step * shape.step;
       sharing.each(shape.step, [&](int pixel, int r, int column) {
         constexpr int U = V == 1 ? 1 : K == 3 ? 4 : 2;  // channels at a time, for few registers
@@ -169,7 +139,7 @@ __global__ void __launch_bounds__(backward_threads(K, S), backward_resident(K) /
 #pragma unroll
     for (int p = 0; p < S; ++p) mine[p] = place.active && column + p >= 0 && column + p < s.w;
     const auto keep = [&](int of_slot, int p) {
-      return kept + ((of_slot < Backward::kKept ? of_slot : of_slot - Backward::kKept) * S + p) * 2 * blockDim.x;
+      return kept + ((of_slot < kKept ? of_slot : of_slot - kKept) * S + p) * 2 * blockDim.x;
     };
     float acc[K][S] = {}, activated[K][S] = {};
     int row = first * S - win.pad_h - owned, slot = 0;  // slot: where the rows that enter are kept
@@ -187,7 +157,7 @@ __global__ void __launch_bounds__(backward_threads(K, S), backward_resident(K) /
         const int column = place.column + kColumns - 1 - i;
         from[i] = buffer + column * kGroup + swapped(place.lane, column);
       }
-      const T* entering = sets + step % kSets * set_values + 2 * shape.grads + place.column * kGroup + place.lane;
+      const T* entering = sets + step % kSets * shape.set + 2 * shape.grads + place.column * kGroup + place.lane;
       const int position_end = min(shape.step, tile.row_end - first - step * shape.step);
       for (int r = 0; r < position_end; ++r) {
         // the window slides by S rows
@@ -238,7 +208,7 @@ __global__ void __launch_bounds__(backward_threads(K, S), backward_resident(K) /
             sum += rounded[0];
             product += rounded[0] * slope_and_centered[1];
           }
-        slot = slot + S < Backward::kKept ? slot + S : 0;
+        slot = slot + S < kKept ? slot + S : 0;
         row += S;
         to += S * s.w * s.c;
         from[0] += shape.width * kGroup;

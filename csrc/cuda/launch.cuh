@@ -96,7 +96,7 @@ template <class T, int K, int S, int V, class Sink>
 void launch_depthwise(const T* x, const float* weight, const InputAffine& input, const Sink& sink, const Shape& s,
                       const Window& w, const DepthwisePlan& plan, const Launch& on) {
   const auto kernel = depthwise_kernel<T, K, S, V, Sink>;
-  const ForwardShape<T, K, S> shape(plan);
+  const ForwardShape shape(plan, K, S, sizeof(T));
   if (plan.tiles > 0)
     EFFNET_FAST_LAUNCH(kernel, (int64_t)plan.parts * plan.groups, plan.threads, shape.bytes, on.stream, x, weight, input,
                        sink, s, w, plan, shape);
@@ -138,7 +138,7 @@ void Passes<T>::backward_dwconv(const T* grad, const T* y, const T* x, const flo
   with_vector<T>(on, [&]<int V>() {
     with_window(w, [&]<int K, int S>() {
       const auto kernel = depthwise_backward_kernel<T, K, S, V>;
-      const BackwardShape<T, K, S> shape(plan);
+      const BackwardShape shape(plan, K, S, sizeof(T));
       if (plan.tiles == 0) return;
       allow_shared(kernel, shape.bytes);
       EFFNET_FAST_LAUNCH(kernel, (int64_t)plan.parts * plan.groups, plan.threads, shape.bytes, on.stream, grad, y, x, weight,

@@ -105,6 +105,26 @@ inline DepthwisePlan forward_plan(const Shape& s, const Window& w, int vector, i
           multiprocessors};
 }
 
+// The shared memory of a block of the forward pass: two buffers of activated rows, sets of rows on their way, the input's
+// operands.
+constexpr int forward_sets(int value_bytes) { return value_bytes == 2 ? 4 : 3; }
+struct ForwardShape {
+  int width, step, activated, set, operands, bytes;  // input columns; output rows a step; floats, values, floats
+
+  // In 48 KB, so that every GPU gives it without being asked.
+  ForwardShape(const DepthwisePlan& plan, int kernel, int stride, int value_bytes) {
+    constexpr int kFloat = sizeof(float);
+    const int sets = forward_sets(value_bytes);
+    width = (plan.columns - 1) * stride + kernel;
+    const int row_values = stride * width * kGroup, operand_floats = 2 * kGroup;
+    step = plan.step_rows(ceil_div(kernel, stride) - 1, row_values * (2 * kFloat + sets * value_bytes),
+                          (48 << 10) - operand_floats * kFloat);
+    activated = set = step * row_values;
+    operands = 2 * activated + sets * set * value_bytes / kFloat;
+    bytes = std::max(operands + operand_floats, 4 * plan.threads) * kFloat;
+  }
+};
+
 // The backward pass marches over positions: position m covers the input rows (or columns) m * stride - pad + [0, stride).
 constexpr int first_position(int pad, int stride) { return pad / stride; }
 constexpr int positions(int size, int pad, int stride) { return (size - 1 + pad) / stride - pad / stride + 1; }
@@ -120,5 +140,32 @@ inline DepthwisePlan backward_plan(const Shape& s, const Window& w, int vector, 
           backward_resident(w.kernel),
           multiprocessors};
 }
+
+// The shared memory of a block of the backward pass: two buffers of rows of the output's gradient, sets of rows of grad,
+// y and x on their way, what a thread keeps of the rows in its window, the operands.
+constexpr int kBackwardSets = 3;
+constexpr int kept_rows(int kernel, int stride) { return kernel + stride - 1; }  // the window's, in multiples of stride
+struct BackwardShape {
+  // output columns; rows a step; floats of a buffer; values of the rows of grad or y in a set, and of all of a set;
+  // floats before what is kept and before the operands
+  int width, step, buffer, grads, set, kept, operands, bytes;
+
+  // In the 99 KB that a block may have on every GPU with asynchronous copies.
+  BackwardShape(const DepthwisePlan& plan, int kernel, int stride, int value_bytes) {
+    constexpr int kFloat = sizeof(float);
+    const int meets = ceil_div(kernel, stride);  // output rows, and columns, that one position meets
+    width = plan.columns + meets - 1;
+    const int grad_row = width * kGroup, set_row = (2 + stride * stride) * grad_row;
+    // seven of the output's gradient, three of the input's norm
+    const int kept_floats = 2 * kept_rows(kernel, stride) * stride * plan.threads, operand_floats = 10 * kGroup;
+    step = plan.step_rows(meets - 1, 2 * grad_row * kFloat + kBackwardSets * set_row * value_bytes,
+                          (96 << 10) - (kept_floats + operand_floats) * kFloat);
+    buffer = grads = step * grad_row;
+    set = step * set_row;
+    kept = 2 * buffer + kBackwardSets * set * value_bytes / kFloat;
+    operands = kept + kept_floats;
+    bytes = std::max(operands + operand_floats, kernel * plan.threads) * kFloat;
+  }
+};
 
 }  // namespace effnet_fast
