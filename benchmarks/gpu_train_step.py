@@ -116,26 +116,19 @@ def measure(variant: str, kind: str, training: bool, args: argparse.Namespace) -
     return row | {"images_per_second": middle, "slowest": low, "fastest": high, "peak_mib": peak}
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """The rows as a table, with ratios to the fastest of torchvision's in the same variant and mode."""
-    lines = ["| variant | mode | kind | images/s | against the best other | peak MiB |", "|---|---|---|---|---|---|"]
-    for row in rows:
-        others = [
-            r["images_per_second"]
-            for r in rows
-            if (r["variant"], r["mode"]) == (row["variant"], row["mode"])
-            and not r["kind"].startswith("effnet_fast")
-            and "error" not in r
-        ]
-        begin = f"| {row['variant']}, {row['size']} px, batch {row['batch']} | {row['mode']} | {row['kind']} |"
-        if "error" in row:
-            lines.append(f"{begin} {row['error']} | | |")
-            continue
-        ratio = f"{row['images_per_second'] / max(others):.2f}" if others else ""
-        peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
-        speed = f"{row['images_per_second']:.1f} ({row['slowest']:.1f} to {row['fastest']:.1f})"
-        lines.append(f"{begin} {speed} | {ratio} | {peak} |")
-    return "\n".join(lines)
+HEADER = "| variant | mode | kind | images/s | against the best other | peak MiB |\n|---|---|---|---|---|---|"
+
+
+def markdown(row: dict[str, Any], group: list[dict[str, Any]]) -> str:
+    """The row of a table, with the ratio to the fastest of torchvision's among those of the same variant and mode."""
+    begin = f"| {row['variant']}, {row['size']} px, batch {row['batch']} | {row['mode']} | {row['kind']} |"
+    if "error" in row:
+        return f"{begin} {row['error']} | | |"
+    others = [r["images_per_second"] for r in group if not r["kind"].startswith("effnet_fast") and "error" not in r]
+    ratio = f"{row['images_per_second'] / max(others):.2f}" if others else ""
+    peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
+    speed = f"{row['images_per_second']:.1f} ({row['slowest']:.1f} to {row['fastest']:.1f})"
+    return f"{begin} {speed} | {ratio} | {peak} |"
 
 
 def main() -> None:
@@ -150,14 +143,14 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    rows = [
-        measure(variant, kind, training, args)
-        for variant in args.variants
-        for training in (True, False)
-        for kind in args.kinds
-        if training or kind != "checkpointed"
-    ]
-    print(markdown(rows))
+    rows = []
+    print(HEADER)
+    for variant in args.variants:
+        for training in (True, False):
+            kinds = [kind for kind in args.kinds if training or kind != "checkpointed"]
+            group = [measure(variant, kind, training, args) for kind in kinds]
+            print(*(markdown(row, group) for row in group), sep="\n", flush=True)
+            rows += group
     if args.json:
         partial = args.json.with_suffix(".partial")
         partial.write_text(json.dumps({"torch": torch.__version__, "device": args.device, "rows": rows}, indent=1))

