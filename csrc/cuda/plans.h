@@ -65,8 +65,8 @@ struct DepthwisePlan {
     threads = columns / columns_per_thread * kGroup;
     const int64_t blocks = (int64_t)multiprocessors * std::max(1, resident_threads / threads);
     // short segments re-read rows, so only where there are too few tiles to go round
-    const int64_t wanted = ceil_div<int64_t>(blocks, std::max<int64_t>(1, n * strips * groups));
-    segments = (int)std::min<int64_t>(wanted, ceil_div(height, 8));
+    const int64_t whole = std::max<int64_t>(1, n * strips * groups), wanted = (blocks + whole / 2) / whole;
+    segments = (int)std::clamp<int64_t>(wanted, 1, ceil_div(height, 8));
     rows = ceil_div(height, segments);
     segments = ceil_div(height, rows);
     tiles = (int)(n * strips * segments);
