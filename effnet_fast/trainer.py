@@ -61,9 +61,11 @@ class Trainer:
             # In place, and after DistributedDataParallel, which takes it for a thing of GPUs; ours runs anywhere.
             nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self._forward = torch.compile(self._replica) if config.compile else self._replica
-        # A graph's gradients lie where its next replay writes: they can't be added up.
+        # A graph's gradients lie where its next replay writes, and can't be added up; segments that run again set
+        # random states, which can't be captured.
         alone = config.processes == 1 and not config.sync_bn and config.accumulate == 1
-        self._captures = self.device.type == "cuda" and alone and not config.compile
+        whole = not config.compile and (self.plan is None or not self.plan.segments)
+        self._captures = self.device.type == "cuda" and alone and whole
         self.ema = MovingAverage(self.model, config.ema_decay, config.ema_warmup)
         self._parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = make_optimizer(self._parameters, config.lr, config.optimizer, config.weight_decay)

@@ -214,8 +214,10 @@ def test_a_diverging_run_ends_in_one_line_and_keeps_its_checkpoint(tmp_path: Pat
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_steps_by_cuda_graphs_are_those_without() -> None:
-    """Dropout, running statistics and a validation in between included. In 16 bits roundings would show: matrix products
-    run by other kernels while a graph is captured."""
+    """Dropout, running statistics and a validation in between included.
+
+    In 16 bits it would show that matrix products run by other kernels while a graph is captured.
+    """
     graphs, plain = (trainer(device="cuda", amp="off") for _ in range(2))
     plain._captures = False
     for trained in (graphs, plain):

@@ -35,7 +35,7 @@ struct StatisticsSink {
   __device__ __forceinline__ void finish(const Sums& sums, float* shared, const Place& place, const DepthwisePlan&,
                                          int64_t, int channels) const {
     const int plane = blockDim.x;
-    const Moments<float> mine = sums.sums.moments(sums.count);
+    const Moments mine = sums.sums.moments(sums.count);
     shared[threadIdx.x] = mine.count;
     shared[plane + threadIdx.x] = sums.sums.first;
     shared[2 * plane + threadIdx.x] = mine.mean;
@@ -43,7 +43,7 @@ struct StatisticsSink {
     __syncthreads();
     if (place.column > 0 || !place.active) return;
     const float *firsts = shared + plane, *means = firsts + plane, *m2s = means + plane, first = firsts[place.lane];
-    Moments<float> total{0, 0, 0};
+    Moments total{0, 0, 0};
     for (int i = place.lane; i < plane; i += kGroup)
       total.merge({shared[i], firsts[i] - first + means[i], m2s[i]});
     float* out = partials + (int64_t)place.part * 4 * channels + place.c0 + place.lane;

@@ -14,7 +14,7 @@ namespace effnet_fast {
 // weight_partials [parts, K * K, C], sum_partials [parts, 2, C] (sums of g and g * hat; zeros without a norm).
 // norm: of the BatchNorm + SiLU between the input and the convolution, or nulls.
 // The windows and both sets of weights take 24 registers at 3x3 and 60 at 5x5, where 50 products for 8 bytes make
-// arithmetic the bound: more than one block of 14 warps would only spill.
+// arithmetic the bound: more than 14 warps on a multiprocessor would only spill.
 template <class T, int K, int S, int V>
 __global__ void __launch_bounds__(backward_threads(K, S), backward_resident(K) / backward_threads(K, S))
     depthwise_backward_kernel(const T* __restrict__ grad, const T* __restrict__ y, const T* __restrict__ x,

@@ -126,14 +126,13 @@ __device__ __forceinline__ float sigmoid_of(float u) {
 __device__ __forceinline__ float silu_slope(float s, float z) { return s + z * (1.f - s); }
 
 // Statistics of `count` values: their mean, and the sum of their squared deviations.
-template <class Real>
 struct Moments {
-  Real count, mean, m2;
+  float count, mean, m2;
 
   // Chan et al. 1983
   __device__ __forceinline__ void merge(const Moments& other) {
     if (other.count == 0) return;
-    const Real total = count + other.count, delta = other.mean - mean;
+    const float total = count + other.count, delta = other.mean - mean;
     mean += delta * (other.count / total);
     m2 += other.m2 + delta * delta * (count * (other.count / total));
     count = total;
@@ -152,7 +151,7 @@ struct ShiftedSums {
     square += d * d;
   }
   // of the distances from `first`
-  __device__ __forceinline__ Moments<float> moments(int count) const {
+  __device__ __forceinline__ Moments moments(int count) const {
     if (count == 0) return {0, 0, 0};
     const float d = sum / count;
     return {(float)count, d, square - sum * d};

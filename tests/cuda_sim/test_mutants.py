@@ -63,8 +63,8 @@ def test_without_one_barrier(
 
 # (file, bound, one too wide)
 BOUNDS = [
-    ("depthwise.cuh", "column >= 0 && column < s.w &&", "column >= 0 && column <= s.w &&"),
-    ("depthwise_backward.cuh", "row >= 0 && row < win.out_h &&", "row >= 0 && row <= win.out_h &&"),
+    ("sheet.cuh", "(unsigned)(row + r) < (unsigned)height", "(unsigned)(row + r) <= (unsigned)height"),
+    ("depthwise_backward.cuh", "(unsigned)row < (unsigned)s.h &&", "(unsigned)row <= (unsigned)s.h &&"),
     ("reductions.cuh", "value < values)", "value <= values)"),
     ("algebra.cuh", "row + mine < rows)", "row + mine <= rows)"),
     ("algebra.cuh", "column < columns)", "column <= columns)"),
