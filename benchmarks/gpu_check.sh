@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# For whoever has a GPU: builds the CUDA passes, proves them and Triton's on the device, and measures. One report in JSON and Markdown.
+# For whoever has a GPU: builds the CUDA passes, proves them and Triton's on the device, and measures. One report in JSON
+# and Markdown.
 #   benchmarks/gpu_check.sh [--dry-run] [folder of the report]
 # --dry-run runs what needs no GPU: the compiler's report of an extension already built, and tiny steps on the CPU.
 # Needs Python with torch >= 2.11 for CUDA, nvcc, and this package's test tools; runs from a source tree.

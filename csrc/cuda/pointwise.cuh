@@ -114,8 +114,7 @@ __device__ __forceinline__ void sum_rows(const float (&mine)[kSums][V], float* s
       if constexpr (V % 4 == 0) {  // single floats, V apart from one thread to the next, would meet in a few banks
 #pragma unroll
         for (int i = 0; i < V; i += 4)
-          *reinterpret_cast<float4*>(to + i) =
-              make_float4(mine[sum][i], mine[sum][i + 1], mine[sum][i + 2], mine[sum][i + 3]);
+          store_shared(to + i, reinterpret_cast<const float(&)[4]>(mine[sum][i]));
       } else {
 #pragma unroll
         for (int i = 0; i < V; ++i) to[i] = mine[sum][i];

@@ -88,26 +88,4 @@ struct Origin {
 // load one meet in a bank: pixels in odd columns have their fours swapped in pairs.
 __device__ __forceinline__ int swapped(int channel, int column) { return channel ^ ((column & 1) << 2); }
 
-// U floats of shared memory at once; nvcc would store them one by one.
-template <int U>
-__device__ __forceinline__ void load_shared(const float* from, float (&values)[U]) {
-  Packet<float, U>::load(from).unpack(values);
-}
-template <int U>
-__device__ __forceinline__ void store_shared(float* to, const float (&values)[U]) {
-#ifdef __CUDA_ARCH__
-  const unsigned at = (unsigned)__cvta_generic_to_shared(to);
-  if constexpr (U == 4)
-    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(at), "f"(values[0]), "f"(values[1]), "f"(values[2]),
-                 "f"(values[3])
-                 : "memory");
-  else if constexpr (U == 2)
-    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(at), "f"(values[0]), "f"(values[1]) : "memory");
-  else
-    *to = values[0];
-#else
-  Packet<float, U>::pack(values).store(to);
-#endif
-}
-
 }  // namespace effnet_fast
