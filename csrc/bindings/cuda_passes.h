@@ -351,7 +351,7 @@ struct SqueezeTensors {
 };
 
 inline Tensor squeeze_gate(const Tensor& sums, int64_t pixels, const Tensor& w_reduce, const Tensor& b_reduce,
-                           const Tensor& w_expand, const Tensor& b_expand) {
+                           const Tensor& w_expand, const Tensor& b_expand, ScalarType) {
   STD_TORCH_CHECK(sums.dim() == 2, "sums: must be [N, C]");
   const int64_t images = sums.size(0), channels = sums.size(1);
   const float* pooled = check_floats(sums, "sums", channels, images);
@@ -366,7 +366,7 @@ inline Tensor squeeze_gate(const Tensor& sums, int64_t pixels, const Tensor& w_r
 
 inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> squeeze_gate_grad(
     const Tensor& squeeze, const Tensor& dgate, int64_t pixels, const Tensor& w_reduce, const Tensor& b_reduce,
-    const Tensor& w_expand, const Tensor& b_expand) {
+    const Tensor& w_expand, const Tensor& b_expand, ScalarType) {
   STD_TORCH_CHECK(squeeze.dim() == 3 && squeeze.size(0) == 2, "squeeze: must be [2, N, C]");
   const int64_t images = squeeze.size(1), channels = squeeze.size(2);
   const float* means = check_floats(squeeze, "squeeze", channels, 2 * images);

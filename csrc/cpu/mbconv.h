@@ -52,7 +52,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> block
   const Tensor stats2 = batch_norm_stats(mean2, m2_2, bn2_weight, bn2_bias, bn2_eps, values_per_channel(y));
   const Norm norm2(stats2);
   const Tensor squeeze = squeeze_gate(pool(y, norm2.scale, norm2.shift, true), y.size(2) * y.size(3), w_se_reduce,
-                                      b_se_reduce, w_se_expand, b_se_expand);
+                                      b_se_reduce, w_se_expand, b_se_expand, x.scalar_type());
   const auto [p, mean3, m2_3] =
       pointwise_stats(y, w_project, norm2.scale, norm2.shift, torch::stable::select(squeeze, 0, 1));
   const Tensor stats3 = batch_norm_stats(mean3, m2_3, bn3_weight, bn3_bias, bn3_eps, values_per_channel(p));
@@ -82,7 +82,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
       backward_pointwise(dout, p, y, w_project, norm3.scale, norm3.shift, norm3.mean, false, branch, row(dbn3, 2),
                          row(dbn3, 3), norm2.scale, norm2.shift, norm2.mean, norm2.rstd, gate, std::nullopt, true);
   const auto [pooled_grad, dw_se_reduce, db_se_reduce, dw_se_expand, db_se_expand] =
-      squeeze_gate_grad(squeeze, row(sums2, 0), y.size(2) * y.size(3), w_se_reduce, b_se_reduce, w_se_expand, b_se_expand);
+      squeeze_gate_grad(squeeze, row(sums2, 0), y.size(2) * y.size(3), w_se_reduce, b_se_reduce, w_se_expand, b_se_expand,
+                        x.scalar_type());
   const Tensor dbn2 = batch_norm_grad(stats2, sums2, gate, pooled_grad, values_per_channel(y));
 
   OptionalTensor scale1, shift1, mean1, rstd1;
@@ -126,7 +127,8 @@ Tensor block_inference(const Tensor& x, const OptionalTensor& expand, const Opti
   const Tensor ones = empty_floats({expanded});
   std::fill_n(floats(ones), expanded, 1.f);
   const auto project_gated = [&](const Tensor& z, const Tensor& pooled, const Tensor& given, const Tensor& out) {
-    const Tensor squeeze = squeeze_gate(pooled, z.size(2) * z.size(3), w_se_reduce, b_se_reduce, w_se_expand, b_se_expand);
+    const Tensor squeeze = squeeze_gate(pooled, z.size(2) * z.size(3), w_se_reduce, b_se_reduce, w_se_expand, b_se_expand,
+                                        x.scalar_type());
     packed_pointwise(z, project, torch::stable::select(squeeze, 0, 1), project_shift, false,
                           residual ? OptionalTensor(given) : std::nullopt, out);
   };

@@ -94,7 +94,7 @@ def mbconv_folded(
     if expand is not None:
         e = passes.pointwise_affine(x, expand.weight, None, *_affine(expand.bias), True, None)
     z, pooled = passes.dwconv_affine(e, depthwise.weight, None, None, *_affine(depthwise.bias), stride, same)
-    gate = passes.squeeze_gate(pooled, z.shape[2] * z.shape[3], *se)[1]
+    gate = passes.squeeze_gate(pooled, z.shape[2] * z.shape[3], *se, z.dtype)[1]
     return passes.pointwise_affine(z, project.weight, gate, *_affine(project.bias), False, x if residual else None)
 
 

@@ -159,7 +159,7 @@ def _inference(
     if w_expand is not None and bn1 is not None:
         expanded = passes.pointwise_affine(x, w_expand, None, *bn1.running()[:2], True, None)
     z, pooled = passes.dwconv_affine(expanded, w_depthwise, None, None, *bn2.running()[:2], stride, same)
-    gate = passes.squeeze_gate(pooled, z.shape[2] * z.shape[3], *se)[1]
+    gate = passes.squeeze_gate(pooled, z.shape[2] * z.shape[3], *se, z.dtype)[1]
     if branch_scale is None:
         return passes.pointwise_affine(z, w_project, gate, *bn3.running()[:2], False, x if residual else None)
     p, _, _ = passes.pointwise_stats(z, w_project, None, None, gate)

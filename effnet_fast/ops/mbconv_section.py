@@ -43,7 +43,7 @@ def mbconv_section(
         return _training(e, bn1, weight, bn2, se, stride, same)
     passes = passes_for(e, weight.shape[-1], stride)
     z, pooled = passes.dwconv_affine(e, weight, *bn1.running()[:2], *bn2.running()[:2], stride, same)
-    return gated(passes, z, passes.squeeze_gate(pooled, z.shape[2] * z.shape[3], *se)[1])
+    return gated(passes, z, passes.squeeze_gate(pooled, z.shape[2] * z.shape[3], *se, z.dtype)[1])
 
 
 def mbconv_section_eager(

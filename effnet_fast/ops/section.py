@@ -69,7 +69,8 @@ def forward(
     y, mean, m2 = passes.dwconv_stats(e, weight, scale, shift, stride, same)
     stats2 = batch_stats(passes, (mean, m2), *bn2, values_per_channel(y), group)
     if se is not None:
-        squeeze = passes.squeeze_gate(passes.pool(y, stats2[0], stats2[1], True), y.shape[2] * y.shape[3], *se)
+        pooled = passes.pool(y, stats2[0], stats2[1], True)
+        squeeze = passes.squeeze_gate(pooled, y.shape[2] * y.shape[3], *se, y.dtype)
     return Kept(y, stats1, stats2, squeeze)
 
 
@@ -89,7 +90,7 @@ def backward(
     y, norm1, norm2, gate = kept.y, kept.norm1, Norm.of(kept.stats2), kept.gate
     dse = pooled_grad = None
     if se is not None:
-        pooled_grad, *dweights = passes.squeeze_gate_grad(kept.squeeze, sums[0], y.shape[2] * y.shape[3], *se)
+        pooled_grad, *dweights = passes.squeeze_gate_grad(kept.squeeze, sums[0], y.shape[2] * y.shape[3], *se, y.dtype)
         dse = SqueezeExcite(*(d.to(w.dtype) for d, w in zip(dweights, se, strict=True)))
     dbn2 = batch_norm_grad(passes, kept.stats2, sums, gate, pooled_grad, values_per_channel(y), group)
     g, dweight, sums1 = passes.backward_dwconv(

@@ -57,7 +57,7 @@ def _forward(
     """x times its gate, and the means and the gate [2, N, C]."""
     passes = passes_for(x)
     sums = passes.pool(x, *identity(x), False)
-    squeeze = passes.squeeze_gate(sums, x.shape[2] * x.shape[3], w_reduce, b_reduce, w_expand, b_expand)
+    squeeze = passes.squeeze_gate(sums, x.shape[2] * x.shape[3], w_reduce, b_reduce, w_expand, b_expand, x.dtype)
     return gated(passes, x, squeeze[1]), squeeze
 
 
@@ -74,7 +74,7 @@ def _backward(
     weights = (w_reduce, b_reduce, w_expand, b_expand)
     ones, zeros = identity(x)
     dgate = passes.backward_sums(dout, x, ones, zeros, zeros, ones, False)[1]
-    pooled_grad, *dweights = passes.squeeze_gate_grad(squeeze, dgate, x.shape[2] * x.shape[3], *weights)
+    pooled_grad, *dweights = passes.squeeze_gate_grad(squeeze, dgate, x.shape[2] * x.shape[3], *weights, x.dtype)
     dx = passes.backward_apply(dout, x, ones, zeros, zeros, False, squeeze[1], pooled_grad, zeros, zeros)
     return dx, *(d.to(w.dtype) for d, w in zip(dweights, weights, strict=True))
 

@@ -55,7 +55,13 @@ def mean_terms(stats: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def squeeze_gate(
-    sums: Tensor, pixels: int, w_reduce: Tensor, b_reduce: Tensor, w_expand: Tensor, b_expand: Tensor
+    sums: Tensor,
+    pixels: int,
+    w_reduce: Tensor,
+    b_reduce: Tensor,
+    w_expand: Tensor,
+    b_expand: Tensor,
+    dtype: torch.dtype,
 ) -> Tensor:
     means = sums / pixels
     w_reduce, b_reduce, w_expand, b_expand = _as_matrices(means.dtype, w_reduce, b_reduce, w_expand, b_expand)
@@ -72,6 +78,7 @@ def squeeze_gate_grad(
     b_reduce: Tensor,
     w_expand: Tensor,
     b_expand: Tensor,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     means, gate = squeeze.unbind()
     reduce, bias, expand = _as_matrices(means.dtype, w_reduce, b_reduce, w_expand)

@@ -34,7 +34,8 @@ batch_norm_stats    [5, C]: scale, shift, mean, rstd and the unbiased variance o
                     channel, from their mean and m2
 batch_norm_grad     [4, C]: gradients of its weight and bias, and a and b of `backward_apply`, from its statistics and
                     `backward_sums`; gate and pooled_grad as in `backward_apply`
-squeeze_gate        [2, N, C]: the means that `pool` summed, and squeeze-excite's gate, a two-layer MLP of them
+squeeze_gate        [2, N, C]: the means that `pool` summed, and squeeze-excite's gate, a two-layer MLP of them. dtype:
+                    the activations', to which the MLP's products may round what they multiply
 squeeze_gate_grad   from the gate's gradient: `pooled_grad` of `backward_apply`, and the gradients of the MLP's weights
 
 All of these that a block takes in one call, and products with weights that are laid out for them once. Backends may
@@ -87,10 +88,11 @@ _PRODUCT_SCHEMAS = (
 _ALGEBRA_SCHEMAS = (
     "batch_norm_stats(Tensor mean, Tensor m2, Tensor weight, Tensor bias, float eps, int count) -> Tensor",
     "batch_norm_grad(Tensor stats, Tensor sums, Tensor? gate, Tensor? pooled_grad, int count) -> Tensor",
-    "squeeze_gate(Tensor sums, int pixels, Tensor w_reduce, Tensor b_reduce, Tensor w_expand, Tensor b_expand)"
-    " -> Tensor",
+    "squeeze_gate(Tensor sums, int pixels, Tensor w_reduce, Tensor b_reduce, Tensor w_expand, Tensor b_expand,"
+    " ScalarType dtype) -> Tensor",
     "squeeze_gate_grad(Tensor squeeze, Tensor dgate, int pixels, Tensor w_reduce, Tensor b_reduce, Tensor w_expand,"
-    " Tensor b_expand) -> (Tensor pooled_grad, Tensor dw_reduce, Tensor db_reduce, Tensor dw_expand, Tensor db_expand)",
+    " Tensor b_expand, ScalarType dtype)"
+    " -> (Tensor pooled_grad, Tensor dw_reduce, Tensor db_reduce, Tensor dw_expand, Tensor db_expand)",
 )
 
 _BLOCK_SCHEMAS = (
@@ -220,10 +222,11 @@ def _(stats, sums, gate, pooled_grad, count):
 
 
 @torch.library.register_fake("effnet_fast::squeeze_gate", lib=_LIBRARY)
-def _(sums, pixels, *weights):
+def _(sums, pixels, *mlp):
     return _floats(sums, 2, *sums.shape)
 
 
 @torch.library.register_fake("effnet_fast::squeeze_gate_grad", lib=_LIBRARY)
-def _(squeeze, dgate, pixels, *weights):
+def _(squeeze, dgate, pixels, w_reduce, b_reduce, w_expand, b_expand, dtype):
+    weights = (w_reduce, b_reduce, w_expand, b_expand)
     return _floats(squeeze, *squeeze.shape[1:]), *(_floats(w, *w.shape) for w in weights)

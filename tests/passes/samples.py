@@ -133,8 +133,8 @@ def product_calls(shape: tuple[int, int, int, int], dtype: torch.dtype, out_chan
             yield Call("backward_pointwise", (grad, source, x, weight, *out, *norm, None, True))
 
 
-def algebra_calls(images: int, channels: int, squeezed: int) -> Iterator[Call]:
-    """What stands between the passes."""
+def algebra_calls(images: int, channels: int, squeezed: int, dtype: torch.dtype = torch.float32) -> Iterator[Call]:
+    """What stands between the passes. dtype: the activations'."""
     g = torch.Generator().manual_seed(images + channels + squeezed)
     weight, bias, mean = (torch.randn(channels, generator=g) for _ in range(3))
     m2 = torch.rand(channels, generator=g) * 7
@@ -149,5 +149,5 @@ def algebra_calls(images: int, channels: int, squeezed: int) -> Iterator[Call]:
     w_reduce = torch.randn(squeezed, channels, 1, 1, generator=g) / channels**0.5
     w_expand = torch.randn(channels, squeezed, 1, 1, generator=g) / squeezed**0.5
     mlp = (w_reduce, torch.randn(squeezed, generator=g), w_expand, bias)
-    yield Call("squeeze_gate", (torch.randn(images, channels, generator=g) * 35, 35, *mlp))
-    yield Call("squeeze_gate_grad", (torch.rand(2, images, channels, generator=g), dgate, 35, *mlp))
+    yield Call("squeeze_gate", (torch.randn(images, channels, generator=g) * 35, 35, *mlp, dtype))
+    yield Call("squeeze_gate_grad", (torch.rand(2, images, channels, generator=g), dgate, 35, *mlp, dtype))
