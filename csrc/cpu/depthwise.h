@@ -83,12 +83,6 @@ inline std::vector<float> order_taps(const Tensor& weight, const Shape& s, const
   return packed;
 }
 
-// Words that so many taps of a kernel row make.
-template <class W>
-constexpr int words_of(int taps) {
-  return (taps + W::kDepth - 1) / W::kDepth;
-}
-
 // Taps [row of the kernel][column][lane] as the words that meet an input of x's type. Those of a kernel row are `runs` runs,
 // one behind the other, of the columns 0, runs, ..., then 1, 1 + runs, ...: words don't reach from run to run.
 inline std::vector<float> pack_taps(const std::vector<float>& taps, int64_t kernel, int64_t runs, const Tensor& x) {

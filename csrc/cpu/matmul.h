@@ -41,6 +41,12 @@ template <class T>
 using Words = FloatWords;
 #endif
 
+// Words that so many elements make, the last perhaps not full.
+template <class W>
+constexpr int64_t words_of(int64_t elements) {
+  return (elements + W::kDepth - 1) / W::kDepth;
+}
+
 // Vectors of columns that are computed together, and rows: as many sums as the register file holds.
 constexpr int kPanelVectors = 2;
 constexpr int kTileRows = kLanes == 16 ? 12 : 6;

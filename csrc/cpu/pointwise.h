@@ -472,7 +472,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_pointwise(
           float* rows = W::kDepth > 1 ? first_rows : row_pairs;
           form_grad_rows(dy, source, out, block, output_grad, rows, row_pairs, row_words);
           const int64_t before = pairs;
-          pairs += (block.rows + W::kDepth - 1) / W::kDepth;
+          pairs += words_of<W>(block.rows);
           const bool full = pairs + max_rows / W::kDepth > room || (chunk == last_chunk && block.last);
           for_each_panel(count * split / splits, count * (split + 1) / splits, s.vectors(), [&]<int V>(int64_t panel) {
             float* panel_activated = all_activated + panel * kPanelColumns * room;

@@ -24,6 +24,14 @@ inline float sum_of_lanes(Vec v) {
 #endif
 }
 
+// So many floats, at most a vector, and zeros.
+inline Vec load_first(const float* p, int64_t count) {
+  if (count >= kLanes) return load(p);
+  float lanes[kLanes] = {};
+  std::copy_n(p, std::max<int64_t>(count, 0), lanes);
+  return load(lanes);
+}
+
 // A product's operand as words (see matmul.h): memory of its own, or where a word is a float, the floats that there are.
 struct Operand {
   std::unique_ptr<float[]> memory;
@@ -44,15 +52,8 @@ inline Operand row_words(const float* from, int64_t rows, int64_t depth) {
   std::unique_ptr<float[]> to(new float[rows * stride]);
   for_each_range(rows, depth, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)
-      for (int64_t k = 0; k < stride * W::kDepth; k += kLanes) {
-        const float* values = from + row * depth + k;
-        float last[kLanes] = {};
-        if (k + kLanes > depth) {
-          std::copy_n(values, std::max<int64_t>(depth - k, 0), last);
-          values = last;
-        }
-        W::store_row(to.get() + row * stride, k, load(values));
-      }
+      for (int64_t k = 0; k < stride * W::kDepth; k += kLanes)
+        W::store_row(to.get() + row * stride, k, load_first(from + row * depth + k, depth - k));
   });
   const float* words = to.get();
   return {std::move(to), words};
@@ -62,7 +63,7 @@ inline Operand row_words(const float* from, int64_t rows, int64_t depth) {
 template <class W>
 inline Operand paired_rows(const float* from, int64_t depth, int64_t channels) {
   if constexpr (W::kDepth == 1) return {nullptr, from};
-  const int64_t pairs = (depth + 1) / 2;
+  const int64_t pairs = words_of<W>(depth);
   std::unique_ptr<float[]> to(new float[pairs * channels]);
   for_each_range(pairs, 2 * channels, [&](int64_t begin, int64_t end) {
     for (int64_t pair = begin; pair < end; ++pair)
@@ -152,7 +153,7 @@ template <class W, class Done>
 inline void product(const float* a, const float* b, int64_t rows, int64_t depth, int64_t channels, const Done& done) {
   constexpr int kTileRows = kLanes == 16 ? 6 : 3, kTileVectors = kLanes == 16 ? 4 : 2;
   const Operand left = row_words<W>(a, rows, depth), right = paired_rows<W>(b, depth, channels);
-  const int64_t a_row = words_of_row<W>(depth), words = (depth + W::kDepth - 1) / W::kDepth;
+  const int64_t a_row = words_of_row<W>(depth), words = words_of<W>(depth);
   const int64_t whole = channels / kLanes, vectors = (channels + kLanes - 1) / kLanes;
   for_each_range((vectors + kTileVectors - 1) / kTileVectors, rows * words * kTileVectors * kLanes,
                  [&](int64_t begin, int64_t end) {
@@ -235,14 +236,8 @@ inline Tensor map(const Tensor& from, const F& f) {
   float* out = floats(to);
   for_each_range((count + kLanes - 1) / kLanes, 32 * kLanes, [=](int64_t begin, int64_t end) {
     for (int64_t i = begin * kLanes; i < std::min(count, end * kLanes); i += kLanes) {
-      if (i + kLanes <= count) {
-        store(out + i, f(load(in + i)));
-      } else {
-        float last[kLanes] = {};
-        std::copy(in + i, in + count, last);
-        store(last, f(load(last)));
-        std::copy_n(last, count - i, out + i);
-      }
+      const Vec value = f(load_first(in + i, count - i));
+      std::memcpy(out + i, &value, std::min<int64_t>(kLanes, count - i) * sizeof(float));
     }
   });
   return to;

@@ -142,6 +142,7 @@ def test_results_do_not_depend_on_the_number_of_threads(threads: int) -> None:
         *elementwise_calls((3, 40, 9, 6), torch.bfloat16),
         *depthwise_calls((3, 40, 9, 6), torch.bfloat16, 5, 2, False),
         *(call for call in product_calls((3, 40, 9, 6), torch.bfloat16, 24) if call.name != "backward_pointwise"),
+        *algebra_calls(16, 1152, 48),
         *algebra_calls(64, 1152, 288, torch.bfloat16),
     ]
     first = [tensors(getattr(torch.ops.effnet_fast, call.name)(*call.args)) for call in calls]
