@@ -32,7 +32,8 @@ def cpu_passes(isa: str) -> Extension:
         depends=sorted(glob("csrc/cpu/*.h")),
         # The stable ABI of torch 2.11: one build serves that and every later torch.
         define_macros=[("TORCH_TARGET_VERSION", "0x020b000000000000")],
-        extra_compile_args=["-O3", "-g0", "-std=c++20", *ISA_FLAGS[isa]],
+        # Loops with a square root are vectorized only where it need not set errno.
+        extra_compile_args=["-O3", "-g0", "-std=c++20", "-fno-math-errno", *ISA_FLAGS[isa]],
     )
 
 

@@ -8,6 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from effnet_fast.passes.backend import current
+from effnet_fast.rmsprop import FusedRMSprop
+
 WARMUP_EPOCHS = 10
 EMA_DECAY = 0.9999
 LABEL_SMOOTHING = 0.1
@@ -55,7 +58,8 @@ def make_optimizer(
     """An optimizer of OPTIMIZERS; weight decay on all parameters.
 
     "rmsprop": as the study has it, alpha .9, momentum .9, eps .1. "rmsprop-tf": TensorFlow's rule, by timm (eps .001
-    under the root, squares start at 1, learning rate inside the momentum). "sgd": Nesterov momentum .9.
+    under the root, squares start at 1, learning rate inside the momentum). "sgd": Nesterov momentum .9. All are fused
+    where there is such a one: "rmsprop" on the CPU, in float32 and unless the backend is "eager".
     Raises ValueError if timm is needed and missing.
     """
     if weight_decay is None:
@@ -70,7 +74,10 @@ def make_optimizer(
         except ImportError:
             raise ValueError("--optimizer rmsprop-tf: timm is not installed, run `pip install timm`") from None
         return RMSpropTF(parameters, lr=lr, alpha=0.9, momentum=0.9, eps=1e-3, weight_decay=weight_decay)
-    return torch.optim.RMSprop(parameters, lr=lr, alpha=0.9, momentum=0.9, eps=0.1, weight_decay=weight_decay)
+    parameters = list(parameters)
+    plain = current() == "eager" or any(p.device.type != "cpu" or p.dtype != torch.float32 for p in parameters)
+    rmsprop = torch.optim.RMSprop if plain else FusedRMSprop
+    return rmsprop(parameters, lr=lr, alpha=0.9, momentum=0.9, eps=0.1, weight_decay=weight_decay)
 
 
 def make_loss(label_smoothing: float = LABEL_SMOOTHING) -> nn.Module:

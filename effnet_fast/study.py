@@ -289,12 +289,12 @@ def _store_eager(run: Run, output: Path) -> None:
 
 def _eager_rate(config: Config) -> float:
     """Images per second of a training step of ready batches: the median of some, after two that warm up."""
-    trainer = Trainer(config, CLASSES)
     shape = (config.batch_size, 3, config.input_size, config.input_size)
-    images = torch.randn(shape, device=trainer.device).contiguous(memory_format=torch.channels_last)
-    labels = torch.arange(config.batch_size, device=trainer.device) % CLASSES
+    images = torch.randn(shape, device=config.device).contiguous(memory_format=torch.channels_last)
+    labels = torch.arange(config.batch_size, device=config.device) % CLASSES
     times = []
     with use_backend(config.backend):
+        trainer = Trainer(config, CLASSES)
         for _ in range(EAGER_STEPS):
             start = time.perf_counter()
             trainer.train_step([(images, labels)])  # waits for the device

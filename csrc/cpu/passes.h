@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "mbconv.h"
+#include "rmsprop.h"
 
 STABLE_TORCH_LIBRARY_IMPL(effnet_fast, CPU, m) {
   m.impl("channel_stats", TORCH_BOX(&effnet_fast::channel_stats));
@@ -29,6 +30,7 @@ STABLE_TORCH_LIBRARY_IMPL(effnet_fast, CPU, m) {
   m.impl("block_inference", TORCH_BOX(&effnet_fast::block_inference));
   m.impl("block_forward", TORCH_BOX(&effnet_fast::block_forward));
   m.impl("block_backward", TORCH_BOX(&effnet_fast::block_backward));
+  m.impl("rmsprop_step", TORCH_BOX(&effnet_fast::rmsprop_step));
 }
 
 // Importing the module registers the passes; it has nothing else to offer.

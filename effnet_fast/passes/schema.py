@@ -49,6 +49,10 @@ pack_pointwise      the weight of a 1x1 convolution, laid out for inputs of like
 packed_convolution  inference: SiLU(u) or u of a convolution, u = convolution + shift. panels: the packed weight, for a
                     kernel of more than 1 of the 1x1 convolution of `patches`
 
+Over the weights, on the CPU alone, and in place:
+
+rmsprop_step        torch's RMSprop with momentum; each weight's grad, square and velocity lie in memory as it does
+
 Windows have a stride of 1 or 2 and a square kernel of 3, 5 or 7, padded by k // 2 on every side, or as
 TensorFlow's SAME pads if `same`: ceil(size / stride) outputs, the odd pixel at the end.
 """
@@ -114,12 +118,17 @@ _BLOCK_SCHEMAS = (
     "packed_convolution(Tensor x, Tensor panels, int kernel, int stride, bool same, Tensor shift, bool silu) -> Tensor",
 )
 
+_UPDATE_SCHEMA = (
+    "rmsprop_step(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] squares, Tensor(c!)[] velocities, float lr,"
+    " float alpha, float momentum, float eps, float weight_decay) -> ()"
+)
+
 PASSES = tuple(schema.split("(")[0] for schema in _SCHEMAS)
 PRODUCTS = tuple(schema.split("(")[0] for schema in _PRODUCT_SCHEMAS)
 ALGEBRA = tuple(schema.split("(")[0] for schema in _ALGEBRA_SCHEMAS)
 BLOCKS = tuple(schema.split("(")[0] for schema in _BLOCK_SCHEMAS)
 
-for _schema in (*_SCHEMAS, *_PRODUCT_SCHEMAS, *_ALGEBRA_SCHEMAS, *_BLOCK_SCHEMAS):
+for _schema in (*_SCHEMAS, *_PRODUCT_SCHEMAS, *_ALGEBRA_SCHEMAS, *_BLOCK_SCHEMAS, _UPDATE_SCHEMA):
     _LIBRARY.define(_schema)
 
 
@@ -230,3 +239,8 @@ def _(sums, pixels, *mlp):
 def _(squeeze, dgate, pixels, w_reduce, b_reduce, w_expand, b_expand, dtype):
     weights = (w_reduce, b_reduce, w_expand, b_expand)
     return _floats(squeeze, *squeeze.shape[1:]), *(_floats(w, *w.shape) for w in weights)
+
+
+@torch.library.register_fake("effnet_fast::rmsprop_step", lib=_LIBRARY)
+def _(weights, grads, squares, velocities, lr, alpha, momentum, eps, weight_decay):
+    pass
