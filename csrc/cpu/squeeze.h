@@ -5,8 +5,9 @@
 
 namespace effnet_fast {
 
-// The least work, in multiply-adds, that is worth handing to another thread: some microseconds.
-constexpr int64_t kMinProductWork = 1 << 19;
+// The least work, in multiply-adds, that is worth handing to another thread: some microseconds. An element that is copied
+// takes as long as so many of them.
+constexpr int64_t kMinProductWork = 1 << 19, kCopyWork = 16;
 
 // f(begin, end) over [0, count), of which each costs so many multiply-adds.
 template <class F>
@@ -50,7 +51,7 @@ inline Operand row_words(const float* from, int64_t rows, int64_t depth) {
   if constexpr (W::kDepth == 1) return {nullptr, from};
   const int64_t stride = words_of_row<W>(depth);
   std::unique_ptr<float[]> to(new float[rows * stride]);
-  for_each_range(rows, depth, [&](int64_t begin, int64_t end) {
+  for_each_range(rows, kCopyWork * depth, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)
       for (int64_t k = 0; k < stride * W::kDepth; k += kLanes)
         W::store_row(to.get() + row * stride, k, load_first(from + row * depth + k, depth - k));
@@ -65,7 +66,7 @@ inline Operand paired_rows(const float* from, int64_t depth, int64_t channels) {
   if constexpr (W::kDepth == 1) return {nullptr, from};
   const int64_t pairs = words_of<W>(depth);
   std::unique_ptr<float[]> to(new float[pairs * channels]);
-  for_each_range(pairs, 2 * channels, [&](int64_t begin, int64_t end) {
+  for_each_range(pairs, kCopyWork * 2 * channels, [&](int64_t begin, int64_t end) {
     for (int64_t pair = begin; pair < end; ++pair)
       for (int64_t v = 0; v * kLanes < channels; ++v)
         with_lanes(v, channels, [&](auto lanes) {
@@ -187,7 +188,7 @@ inline void transpose(const float* from, int64_t rows, int64_t columns, float* t
     column(2) = __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5);
     column(3) = __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7);
   };
-  for_each_range((rows + 3) / 4, 4 * columns, [&](int64_t begin, int64_t end) {
+  for_each_range((rows + 3) / 4, kCopyWork * 4 * columns, [&](int64_t begin, int64_t end) {
     for (int64_t i = 4 * begin; i < std::min(rows, 4 * end); i += 4) {
       const int64_t whole = i + 4 <= rows ? columns / 4 * 4 : 0;
       for (int64_t j = 0; j < whole; j += 4) square(i, j);
