@@ -12,7 +12,7 @@ namespace effnet_fast {
 inline void check_lies_as(const Tensor& t, const char* name, const Tensor& weight) {
   check_on_cpu(t, name);
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, name, ": must be float32");
-  STD_TORCH_CHECK(t.dim() == weight.dim() && t.numel() == weight.numel(), name, ": must have the shapes of weights");
+  STD_TORCH_CHECK(t.dim() == weight.dim(), name, ": must have the shapes of weights");
   int64_t last = 0;
   for (int64_t d = 0; d < t.dim(); ++d) {
     STD_TORCH_CHECK(t.size(d) == weight.size(d), name, ": must have the shapes of weights");
