@@ -23,6 +23,7 @@ if platform.machine() in ("x86_64", "AMD64"):
         *ISA_FLAGS["avx2"],
         *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mprefer-vector-width=512"),
     ]
+    ISA_FLAGS["amx"] = [*ISA_FLAGS["avx512"], "-mamx-tile", "-mamx-bf16"]
 
 
 def cpu_passes(isa: str) -> Extension:

@@ -13,7 +13,7 @@ from effnet_fast import _host
 from effnet_fast.cli import ArgumentParser
 from effnet_fast.passes.backend import cpu_isa, current, why_not, why_unavailable
 
-ISAS = ("avx512", "avx2", "baseline")
+ISAS = ("amx", "avx512", "avx2", "baseline")
 
 
 def processor() -> str:

@@ -9,29 +9,33 @@
 namespace effnet_fast {
 
 // Pixels that are expanded together, at least, where a row has fewer: some tiles of the product.
-constexpr int64_t kExpandedTogether = 4 * kTileRows;
+constexpr int64_t kExpandedTogether = 4 * kVectorRows;
 
 template <class T, int K, int S>
 inline void expand_depthwise_image(const T* x, const Shape& s, const Window& win, const float* expand,
                                    const float* expand_shift, int64_t channels, const float* weight,
                                    const float* depthwise_shift, T* z, float* pooled) {
   using W = Words<T>;
-  const int64_t words = s.c / W::kDepth, row_words = padded_row(s.c), vectors = (channels + kLanes - 1) / kLanes;
+  using P = ProductWords<T>;
+  const int64_t words = product_words<P>(s.c), row_words = padded_row(s.c), vectors = (channels + kLanes - 1) / kLanes;
   const int64_t at_once = std::min(s.h, (kExpandedTogether + s.w - 1) / s.w), slots = K - 1 + at_once;
   constexpr int64_t kernel_row = words_of<W>(K) * kLanes;
   const RingRow of_ring(s.w, win);
   const int64_t row_floats = of_ring.floats;
-  float* ring = scratch(vectors * slots * row_floats + at_once * s.w * (row_words + kPanelColumns));
+  const int64_t max_rows = (at_once * s.w + P::kRows - 1) / P::kRows * P::kRows;
+  float* ring = scratch(vectors * slots * row_floats + max_rows * (row_words + kPanelColumns));
   float* rows = ring + vectors * slots * row_floats;
-  float* sums = rows + at_once * s.w * row_words;
+  float* sums = rows + max_rows * row_words;
   std::memset(ring, 0, vectors * slots * row_floats * sizeof(float));
+  end_rows<P>(rows, max_rows, row_words, s.c);
+  [[maybe_unused]] const ProductRegisters<P> registers;
   const GatedInput as_it_is(std::nullopt, std::nullopt, std::nullopt, s);
 
   const auto fill = [&](int64_t begin, int64_t end) {
     const int64_t pixels = (end - begin) * s.w;
     form_rows(x, s, Block{0, begin * s.w, pixels, true, true}, as_it_is, rows, row_words);
     for_each_panel(0, (vectors + kPanelVectors - 1) / kPanelVectors, vectors, [&]<int V>(int64_t panel) {
-      multiply_panel<W, V>(pixels, words, rows, row_words, 1, expand + panel * kPanelColumns * words, V * kLanes, sums,
+      multiply_panel<P, V>(pixels, words, rows, row_words, 1, expand + panel * kPanelColumns * words, V * kLanes, sums,
                            V * kLanes, false);
       for (int v = 0; v < V; ++v)
         with_lanes(panel * kPanelVectors + v, channels, [&](auto lanes) {

@@ -10,13 +10,17 @@ namespace effnet_fast {
 
 // Pixels that are formed, multiplied and emitted together: many, so that the weight gradient is loaded and stored seldom,
 // as long as their formed rows stay in the second-level cache; whole tiles of rows.
-inline int64_t block_rows(int64_t channels) { return (channels <= 512 ? 132 : 72) / kTileRows * kTileRows; }
+template <class W>
+inline int64_t block_rows(int64_t channels) {
+  return (channels <= 512 ? 132 : 72) / W::kRows * W::kRows;
+}
 
 // Rows that are added to a weight gradient at once, in whole blocks. One that does not stay in the first-level cache is
 // loaded and stored seldom, as long as its operands stay in the second-level cache (Zen 5, B0's at 224 px: 39.0 to 36.5 ms
 // of products in bf16, 83 to 76 in fp32).
-inline int64_t weight_grad_rows(int64_t in_channels, int64_t out_channels, int64_t word_depth) {
-  const int64_t block = block_rows(out_channels), words = block / word_depth * (in_channels + out_channels);
+template <class W>
+inline int64_t weight_grad_rows(int64_t in_channels, int64_t out_channels) {
+  const int64_t block = block_rows<W>(out_channels), words = block / W::kDepth * (in_channels + out_channels);
   return in_channels * out_channels <= 8192 ? block : block * std::clamp<int64_t>(163840 / words, 1, 8);
 }
 
@@ -56,11 +60,11 @@ struct PixelChunks {
   // Where the sums over an image's pixels in a chunk belong, of images * per_image places.
   int64_t place(int64_t image, int64_t chunk) const { return image * per_image + chunk % per_image; }
 
-  template <class F>
+  template <class W, class F>
   void for_each_block(int64_t chunk, int64_t max_rows, const F& f) const {
     // blocks as even as can be, of whole tiles but for the last
     const int64_t end = begin(chunk + 1), blocks = (size(chunk) + max_rows - 1) / max_rows;
-    const int64_t tiles = (size(chunk) + kTileRows - 1) / kTileRows, step = (tiles + blocks - 1) / blocks * kTileRows;
+    const int64_t tiles = (size(chunk) + W::kRows - 1) / W::kRows, step = (tiles + blocks - 1) / blocks * W::kRows;
     for (int64_t row = begin(chunk); row < end; row += step) {
       const int64_t rows = std::min(step, end - row);
       f(Block{chunk, row, rows, row == begin(chunk), row + rows == end});
@@ -86,6 +90,13 @@ struct GatedInput {
   }
 };
 
+// The words that end the rows of a product's operand, for `form_rows` and `form_grad_rows`, which leave them as they are.
+template <class W>
+inline void end_rows(float* rows, int64_t count, int64_t row_words, int64_t channels) {
+  const int64_t words = channels / W::kDepth, zeros = product_words<W>(channels) - words;
+  for (int64_t r = 0; zeros > 0 && r < count; ++r) std::memset(rows + r * row_words + words, 0, zeros * sizeof(float));
+}
+
 // Writes a block of pixels as rows of words.
 template <class T>
 inline void form_rows(const T* x, const Shape& s, const Block& block, const GatedInput& input, float* rows,
@@ -101,13 +112,13 @@ inline void form_rows(const T* x, const Shape& s, const Block& block, const Gate
         if (!input.scale) {
           for (int64_t r = begin; r < end; ++r) {
             prefetch_to_second_level(from + (r + block.rows) * s.c);
-            Words<T>::store_row(rows + r * row_words, c, load(from + r * s.c, lanes) * gate);
+            ProductWords<T>::store_row(rows + r * row_words, c, load(from + r * s.c, lanes) * gate);
           }
           return;
         }
         for (int64_t r = begin; r < end; ++r) {
           prefetch_to_second_level(from + (r + block.rows) * s.c);
-          Words<T>::store_row(rows + r * row_words, c, silu<T>(load(from + r * s.c, lanes) * scale + shift) * gate);
+          ProductWords<T>::store_row(rows + r * row_words, c, silu<T>(load(from + r * s.c, lanes) * scale + shift) * gate);
         }
       });
     });
@@ -118,10 +129,10 @@ inline void form_rows(const T* x, const Shape& s, const Block& block, const Gate
 template <class T, class Emit>
 inline void multiply_pixels(const T* x, const Shape& s, const GatedInput& input, const Tensor& panels, int64_t columns,
                             const PixelChunks& chunks, const Emit& emit) {
-  using W = Words<T>;
+  using W = ProductWords<T>;
   constexpr int64_t kMinTasks = 8;
-  const int64_t words = s.c / W::kDepth, row_words = padded_row(s.c), vectors = (columns + kLanes - 1) / kLanes;
-  const int64_t max_rows = block_rows(s.c);
+  const int64_t words = product_words<W>(s.c), row_words = padded_row(s.c), vectors = (columns + kLanes - 1) / kLanes;
+  const int64_t max_rows = block_rows<W>(s.c);
   const int64_t count = (vectors + kPanelVectors - 1) / kPanelVectors;
   // too few pixels to go round (a batch of one): the output channels are split as well
   const int64_t groups = std::clamp<int64_t>(kMinTasks / std::max<int64_t>(chunks.count, 1), 1, count);
@@ -130,7 +141,9 @@ inline void multiply_pixels(const T* x, const Shape& s, const GatedInput& input,
     float* rows = scratch(max_rows * (row_words + kPanelColumns) + vectors * 3 * kLanes);
     float* sums = rows + max_rows * row_words;
     float* state = sums + max_rows * kPanelColumns;
-    chunks.for_each_block(task / groups, max_rows, [&](const Block& block) {
+    end_rows<W>(rows, max_rows, row_words, s.c);
+    [[maybe_unused]] const ProductRegisters<W> registers;
+    chunks.for_each_block<W>(task / groups, max_rows, [&](const Block& block) {
       form_rows(x, s, block, input, rows, row_words);
       for_each_panel(count * group / groups, count * (group + 1) / groups, vectors, [&]<int V>(int64_t panel) {
         multiply_panel<W, V>(block.rows, words, rows, row_words, 1, floats(panels) + panel * kPanelColumns * words,
@@ -159,7 +172,7 @@ std::tuple<Tensor, Tensor, Tensor> pointwise_stats(const Tensor& x, const Tensor
   dispatch(x, "x", [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     T* out = (T*)y.mutable_data_ptr();
-    const Tensor panels = pack_panels<Words<T>>(w.data, s.c, channels, 1, s.c);
+    const Tensor panels = pack_panels<ProductWords<T>>(w.data, s.c, channels, 1, s.c);
     const auto emit = [&](const Block& block, int64_t vector, const float* from, int64_t stride, float* state) {
       with_lanes(vector, channels, [&](auto lanes) {
         const int64_t c = vector * kLanes;
@@ -246,7 +259,7 @@ Tensor pack_pointwise(const Tensor& weight, const Tensor& like) {
   const FloatWeights w = as_floats(weight, "weight");
   Tensor panels = empty_floats({0});
   dispatch(like, "like", [&](auto* type) {
-    panels = pack_panels<Words<std::remove_pointer_t<decltype(type)>>>(w.data, s.c, weight.size(0), 1, s.c);
+    panels = pack_panels<ProductWords<std::remove_pointer_t<decltype(type)>>>(w.data, s.c, weight.size(0), 1, s.c);
   });
   return panels;
 }
@@ -254,7 +267,7 @@ Tensor pack_pointwise(const Tensor& weight, const Tensor& like) {
 inline void check_panels(const Tensor& panels, const Tensor& x, int64_t channels) {
   const Shape s = check_nhwc(x, "x");
   int64_t words = 0;
-  dispatch(x, "x", [&](auto* type) { words = s.c / Words<std::remove_pointer_t<decltype(type)>>::kDepth; });
+  dispatch(x, "x", [&](auto* type) { words = product_words<ProductWords<std::remove_pointer_t<decltype(type)>>>(s.c); });
   const int64_t padded = (channels + kLanes - 1) / kLanes * kLanes;
   check_on_cpu(panels, "panels");
   STD_TORCH_CHECK(panels.scalar_type() == ScalarType::Float && panels.numel() == words * padded,
@@ -313,7 +326,7 @@ inline void write_pairs(float* to, int64_t stride, int64_t begin, int64_t end, i
 template <class T>
 inline void form_grad_rows(const T* grad, const T* y, const Shape& s, const Block& block, const OutputGrad& op,
                            float* rows, float* row_pairs, int64_t row_words) {
-  using W = Words<T>;
+  using W = ProductWords<T>;
   for (int64_t v = 0; v < s.vectors(); ++v)
     with_lanes(v, s.c, [&](auto lanes) {
       const int64_t c = v * kLanes, first = block.begin * s.c + c;
@@ -351,7 +364,7 @@ template <class T, class Lanes>
 inline void emit_input_grad(const float* from, int64_t stride, const T* x, const T* residual, const Shape& s,
                             const PixelChunks& chunks, const Block& block, int64_t c, Lanes lanes,
                             const InputActivation& op, T* dx, float* sums, float* activated) {
-  using W = Words<T>;
+  using W = ProductWords<T>;
   const int64_t first = block.begin * s.c + c, ahead = block.rows * s.c;
   Vec before = {};
   const auto each = [&](int64_t begin, int64_t end, const auto& row) {
@@ -400,7 +413,7 @@ template <class T, class Lanes>
 inline void write_input(const T* x, const Shape& s, const Block& block, int64_t c, Lanes lanes, float* to,
                         int64_t stride) {
   Vec before = {};
-  write_pairs<Words<T>>(to, stride, 0, block.rows, block.rows, before, [&](int64_t r) {
+  write_pairs<ProductWords<T>>(to, stride, 0, block.rows, block.rows, before, [&](int64_t r) {
     const T* from = x + (block.begin + r) * s.c + c;
     prefetch_to_second_level(from + block.rows * s.c);
     return load(from, lanes);
@@ -439,16 +452,18 @@ std::tuple<Tensor, Tensor, Tensor> backward_pointwise(
   const int64_t grad_row = s.vectors() * kLanes;
   Tensor dx = empty_nhwc(input_grad ? s : Shape{0, s.c, s.h, s.w}, x.scalar_type());
   Tensor dweight = empty_floats({out.c, s.c, 1, 1});
-  Tensor partial = empty_floats({groups, out.c, grad_row});
+  const int64_t grad_size = (out.c + 15) / 16 * 16 * grad_row;  // whole tiles of rows
+  Tensor partial = empty_floats({groups, grad_size});
   if (chunks.count == 0) std::memset(floats(partial), 0, partial.numel() * sizeof(float));
   const int64_t channels = activation.scale ? s.c : 0;
   const int64_t places = s.n * chunks.per_image;
   Tensor image_sums = torch::stable::new_zeros(dweight, {channels ? 5 : 0, places, channels});
   dispatch(x, "x", [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    using W = Words<T>;
-    const int64_t words = out.c / W::kDepth, row_words = padded_row(out.c), max_rows = block_rows(out.c);
-    const int64_t room = weight_grad_rows(s.c, out.c, W::kDepth) / W::kDepth;
+    using W = ProductWords<T>;
+    const int64_t words = product_words<W>(out.c), row_words = padded_row(out.c), max_rows = block_rows<W>(out.c);
+    const int64_t room = product_words<W>(weight_grad_rows<W>(s.c, out.c));
+    const int64_t transposed_row = padded_row(room);
     const Tensor panels = pack_panels<W>(w.data, out.c, input_grad ? s.c : 0, s.c, 1);
     const float* packed = floats(panels);
     const T *in = (const T*)x.const_data_ptr(), *dy = (const T*)grad.const_data_ptr();
@@ -458,22 +473,30 @@ std::tuple<Tensor, Tensor, Tensor> backward_pointwise(
     for_each_task(groups * splits, [&](int64_t task) {
       const int64_t group = task / splits, split = task % splits;
       const int64_t own_rows = W::kDepth > 1 ? max_rows : 0;  // else a block's rows are those of the weight gradient
-      float* first_rows = scratch((own_rows + room) * row_words + max_rows * kPanelColumns + room * grad_row);
+      const int64_t transposed_rows = W::kTiles ? grad_size / grad_row : 0;
+      float* first_rows = scratch((own_rows + room) * row_words + max_rows * kPanelColumns + room * grad_row +
+                                  transposed_rows * transposed_row);
       float* first_pairs = first_rows + own_rows * row_words;
       float* products = first_pairs + room * row_words;
       float* all_activated = products + max_rows * kPanelColumns;
-      float* weight_grad = floats(partial) + group * out.c * grad_row;
+      float* transposed = all_activated + room * grad_row;
+      float* weight_grad = floats(partial) + group * grad_size;
+      end_rows<W>(first_rows, own_rows, row_words, out.c);
+      [[maybe_unused]] const ProductRegisters<W> registers;
       const int64_t first_chunk = chunks.count * group / groups, last_chunk = chunks.count * (group + 1) / groups - 1;
       int64_t pairs = 0;  // of rows, formed and not yet added
       bool add = false;
       for (int64_t chunk = first_chunk; chunk <= last_chunk; ++chunk)
-        chunks.for_each_block(chunk, max_rows, [&](const Block& block) {
+        chunks.for_each_block<W>(chunk, max_rows, [&](const Block& block) {
           float* row_pairs = first_pairs + pairs * row_words;
           float* rows = W::kDepth > 1 ? first_rows : row_pairs;
           form_grad_rows(dy, source, out, block, output_grad, rows, row_pairs, row_words);
           const int64_t before = pairs;
           pairs += words_of<W>(block.rows);
           const bool full = pairs + max_rows / W::kDepth > room || (chunk == last_chunk && block.last);
+          const int64_t summed = product_words<W>(pairs * W::kDepth);
+          LeftOperand grads{};
+          if (full) grads = columns_as_rows<W>(first_pairs, row_words, pairs, out.c, transposed, transposed_row);
           for_each_panel(count * split / splits, count * (split + 1) / splits, s.vectors(), [&]<int V>(int64_t panel) {
             float* panel_activated = all_activated + panel * kPanelColumns * room;
             float* activated = panel_activated + before * V * kLanes;
@@ -489,9 +512,10 @@ std::tuple<Tensor, Tensor, Tensor> backward_pointwise(
                 else
                   write_input(in, s, block, c, lanes, activated + v * kLanes, V * kLanes);
               });
-            if (full)
-              multiply_panel<W, V>(out.c, pairs, first_pairs, 1, row_words, panel_activated, V * kLanes,
-                                   weight_grad + panel * kPanelColumns, grad_row, add);
+            if (!full) return;
+            std::memset(panel_activated + pairs * V * kLanes, 0, (summed - pairs) * V * kLanes * sizeof(float));
+            multiply_panel<W, V>(out.c, summed, grads.words, grads.row, grads.step, panel_activated, V * kLanes,
+                                 weight_grad + panel * kPanelColumns, grad_row, add);
           });
           if (full) {
             pairs = 0;
@@ -508,7 +532,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_pointwise(
         with_lanes(v, s.c, [&](auto lanes) {
           Vec sum = {};
           for (int64_t group = 0; group < groups; ++group)
-            sum += load(parts + (group * out.c + row) * grad_row + v * kLanes);
+            sum += load(parts + group * grad_size + row * grad_row + v * kLanes);
           store(to_weight + row * s.c + v * kLanes, sum, lanes);
         });
   });

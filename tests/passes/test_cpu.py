@@ -19,6 +19,7 @@ from tests.passes.samples import (
     Call,
     activation,
     algebra_calls,
+    channels_last,
     depthwise_calls,
     elementwise_calls,
     product_calls,
@@ -85,6 +86,28 @@ def test_depthwise_passes(
 def test_products(shape: tuple[int, int, int, int], out_channels: int, dtype: torch.dtype) -> None:
     for call in product_calls(shape, dtype, out_channels):
         check(call, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("channels", "out_channels"), [(1304, 24), (24, 1304)])  # summed up in several parts
+def test_products_of_many_channels(channels: int, out_channels: int, dtype: torch.dtype) -> None:
+    for call in product_calls((2, channels, 3, 5), dtype, out_channels):
+        check(call, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products_do_not_see_what_a_call_before_left_in_scratch(dtype: torch.dtype) -> None:
+    """Operands end with words and rows of no meaning: they must not reach a result, not even as zero times NaN."""
+    lost = torch.full((2, 64, 37, 41), float("nan"), dtype=dtype)
+    lost_calls = list(product_calls((2, 64, 37, 41), dtype, 104))
+    calls = list(product_calls((3, 24, 5, 3), dtype, 40))
+    first = [tensors(getattr(torch.ops.effnet_fast, call.name)(*call.args)) for call in calls]
+    for lost_call, call, results in zip(lost_calls, calls, first, strict=True):
+        args = [channels_last(lost) if isinstance(a, Tensor) and a.shape == lost.shape else a for a in lost_call.args]
+        getattr(torch.ops.effnet_fast, lost_call.name)(*args)
+        again = tensors(getattr(torch.ops.effnet_fast, call.name)(*call.args))
+        assert all(torch.equal(a, b) for a, b in zip(results, again, strict=True))
+        assert all(result.isfinite().all() for result in again)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,0 +1,3 @@
+#include "passes.h"
+
+EFFNET_FAST_MODULE(_cpu_amx)
