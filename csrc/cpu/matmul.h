@@ -67,10 +67,16 @@ constexpr int64_t words_of(int64_t elements) {
   return (elements + W::kDepth - 1) / W::kDepth;
 }
 
-// The same for the summed dimension of a product, which ends with words of zeros if it is cut into tiles.
+// So many rows, columns or words, rounded up to tiles where there are such.
+template <class W>
+constexpr int64_t whole_tiles(int64_t count) {
+  return W::kTiles ? (count + 15) / 16 * 16 : count;
+}
+
+// Words of a product's summed dimension, which ends with words of zeros if it is cut into tiles.
 template <class W>
 constexpr int64_t product_words(int64_t elements) {
-  return W::kTiles ? (words_of<W>(elements) + 15) / 16 * 16 : words_of<W>(elements);
+  return whole_tiles<W>(words_of<W>(elements));
 }
 
 // Vectors of columns that are computed together.

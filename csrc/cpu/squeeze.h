@@ -50,7 +50,7 @@ template <class W>
 inline Operand row_words(const float* from, int64_t rows, int64_t depth) {
   if constexpr (W::kDepth == 1) return {nullptr, from};
   const int64_t stride = words_of_row<W>(depth);
-  std::unique_ptr<float[]> to(new float[rows * stride]);
+  std::unique_ptr<float[]> to(new float[whole_tiles<W>(rows) * stride]);
   for_each_range(rows, kCopyWork * depth, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)
       for (int64_t k = 0; k < stride * W::kDepth; k += kLanes)
@@ -64,8 +64,9 @@ inline Operand row_words(const float* from, int64_t rows, int64_t depth) {
 template <class W>
 inline Operand paired_rows(const float* from, int64_t depth, int64_t channels) {
   if constexpr (W::kDepth == 1) return {nullptr, from};
-  const int64_t pairs = words_of<W>(depth);
-  std::unique_ptr<float[]> to(new float[pairs * channels]);
+  const int64_t pairs = words_of<W>(depth), rows = whole_tiles<W>(pairs);
+  std::unique_ptr<float[]> to(new float[rows * channels + kLanes]);  // the last vector of channels may be half full
+  std::memset(to.get() + pairs * channels, 0, ((rows - pairs) * channels + kLanes) * sizeof(float));
   for_each_range(pairs, kCopyWork * 2 * channels, [&](int64_t begin, int64_t end) {
     for (int64_t pair = begin; pair < end; ++pair)
       for (int64_t v = 0; v * kLanes < channels; ++v)
@@ -77,6 +78,40 @@ inline Operand paired_rows(const float* from, int64_t depth, int64_t channels) {
   });
   const float* words = to.get();
   return {std::move(to), words};
+}
+
+// from [columns, depth] as words along the depth, a column of them behind the other: [word][column], which ends with zeros.
+template <class W>
+inline Operand column_words(const float* from, int64_t columns, int64_t depth) {
+  const Operand rows = row_words<W>(from, columns, depth);
+  const int64_t words = words_of_row<W>(depth), stride = whole_tiles<W>(columns);
+  std::unique_ptr<float[]> to(new float[words * stride]);
+  for_each_range(words / kLanes, kCopyWork * kLanes * columns, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kLanes, count = (end - begin) * kLanes;
+    columns_as_rows<W>(rows.words + first, words, columns, count, to.get() + first * stride, stride);
+  });
+  const float* column = to.get();
+  return {std::move(to), column};
+}
+
+// done(row, first column, sums) for the products of rows of words with a matrix [word][column], both whole tiles.
+template <class W, class Done>
+inline void tile_product(const float* left, int64_t left_row, int64_t rows, int64_t words, const float* right,
+                         int64_t right_row, int64_t columns, const Done& done) {
+  constexpr int64_t kSpeed = 8;  // multiply-adds in the time of one in a vector
+  const int64_t vectors = (columns + kLanes - 1) / kLanes;
+  for_each_range((vectors + kPanelVectors - 1) / kPanelVectors, rows * words * kPanelColumns * W::kDepth / kSpeed,
+                 [&](int64_t begin, int64_t end) {
+    [[maybe_unused]] const ProductRegisters<W> registers;
+    float* sums = scratch(whole_tiles<W>(rows) * kPanelColumns);
+    for_each_panel(begin, end, vectors, [&]<int V>(int64_t panel) {
+      multiply_panel<W, V>(rows, words, left, left_row, 1, right + panel * kPanelColumns, right_row, sums, V * kLanes,
+                           false);
+      for (int64_t row = 0; row < rows; ++row)
+        for (int64_t v = 0; v < V; ++v)
+          done(row, (panel * kPanelVectors + v) * kLanes, load(sums + (row * V + v) * kLanes));
+    });
+  });
 }
 
 // out[i][j] = bias[j] + the sum over k of a[i][k] * b[j][k] for i < Rows and j < Columns; words in whole vectors, the last
@@ -106,8 +141,17 @@ inline void dot_tile(const float* a, const float* b, int64_t words, const float*
 template <class W>
 inline void product_transposed(const float* a, const float* b, int64_t rows, int64_t columns, int64_t depth,
                                const float* bias, float* out) {
-  const Operand left = row_words<W>(a, rows, depth), right = row_words<W>(b, columns, depth);
   const int64_t words = words_of_row<W>(depth);
+  const Operand left = row_words<W>(a, rows, depth);
+  if constexpr (W::kTiles) {
+    const Operand right = column_words<W>(b, columns, depth);
+    return tile_product<W>(left.words, words, rows, words, right.words, whole_tiles<W>(columns), columns,
+                           [=](int64_t row, int64_t j, Vec sum) {
+      if (bias) sum += load_first(bias + j, columns - j);
+      std::memcpy(out + row * columns + j, &sum, std::min<int64_t>(kLanes, columns - j) * sizeof(float));
+    });
+  }
+  const Operand right = row_words<W>(b, columns, depth);
   for_each_range(columns, rows * words, [&](int64_t begin, int64_t end) {
     const auto strip = [&]<int Columns>(int64_t j) {
       const auto tile = [&]<int Rows>(int64_t i) {
@@ -155,6 +199,11 @@ inline void product(const float* a, const float* b, int64_t rows, int64_t depth,
   constexpr int kTileRows = kLanes == 16 ? 6 : 3, kTileVectors = kLanes == 16 ? 4 : 2;
   const Operand left = row_words<W>(a, rows, depth), right = paired_rows<W>(b, depth, channels);
   const int64_t a_row = words_of_row<W>(depth), words = words_of<W>(depth);
+  if constexpr (W::kTiles)
+    return tile_product<W>(left.words, a_row, rows, a_row, right.words, channels, channels,
+                           [&](int64_t row, int64_t c, Vec sum) {
+      with_lanes(c / kLanes, channels, [&](auto lanes) { done(row, c, lanes, sum); });
+    });
   const int64_t whole = channels / kLanes, vectors = (channels + kLanes - 1) / kLanes;
   for_each_range((vectors + kTileVectors - 1) / kTileVectors, rows * words * kTileVectors * kLanes,
                  [&](int64_t begin, int64_t end) {
@@ -251,7 +300,7 @@ template <class F>
 inline void with_words(ScalarType dtype, int64_t images, int64_t squeezed, const F& f) {
   constexpr int64_t kManyHidden = 1 << 14;
   if (dtype == ScalarType::BFloat16 && images * squeezed >= kManyHidden)
-    f.template operator()<Words<BFloat16>>();
+    f.template operator()<ProductWords<BFloat16>>();
   else
     f.template operator()<FloatWords>();
 }
