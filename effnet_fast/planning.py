@@ -384,9 +384,9 @@ def _structure(part: nn.Module) -> tuple[Any, ...]:
 
 
 def _optimizer_state(name: str) -> float:
-    """Bytes that an optimizer remembers for each byte of the parameters."""
-    parameter = nn.Parameter(torch.zeros(1024))
-    parameter.grad = torch.zeros(1024)
+    """Bytes that an optimizer remembers for each byte of the parameters, nearly all of which are matrices."""
+    parameter = nn.Parameter(torch.zeros(32, 32))
+    parameter.grad = torch.zeros(32, 32)
     optimizer = make_optimizer([parameter], 0.1, name)
     optimizer.step()
     state = optimizer.state[parameter].values()

@@ -25,12 +25,13 @@ class Preset(NamedTuple):
     weight_decay: float
 
 
-# RMSprop: paper, section 5.2. SGD: Goyal et al. 2017. AdamW: Touvron et al. 2021.
+# RMSprop: paper, section 5.2. SGD: Goyal et al. 2017. AdamW: Touvron et al. 2021. Muon: ours, for CIFAR-10.
 OPTIMIZERS = {
     "rmsprop": Preset(0.256, 1e-5),
     "rmsprop-tf": Preset(0.256, 1e-5),
     "sgd": Preset(0.1, 1e-4),
     "adamw": Preset(2.5e-4, 0.05),
+    "muon": Preset(4e-3, 0.1),
 }
 
 
@@ -58,9 +59,11 @@ def make_optimizer(
     """An optimizer of OPTIMIZERS; weight decay on all parameters.
 
     "rmsprop": as the study has it, alpha .9, momentum .9, eps .1. "rmsprop-tf": TensorFlow's rule, by timm (eps .001
-    under the root, squares start at 1, learning rate inside the momentum). "sgd": Nesterov momentum .9. All are fused
-    where there is such a one: "rmsprop" on the CPU, in float32 and unless the backend is "eager".
-    Raises ValueError if timm is needed and missing.
+    under the root, squares start at 1, learning rate inside the momentum). "sgd": Nesterov momentum .9. "muon": by
+    timm; steps of matrices, 1x1 convolutions among them, are made orthogonal (Jordan et al. 2024), Nesterov momentum
+    .95, and what remains goes by NAdamW. All are fused where there is such a one: "rmsprop" on the CPU, in float32 and
+    unless the backend is "eager".
+    Raises ValueError if timm is needed and missing, or too old.
     """
     if weight_decay is None:
         weight_decay = OPTIMIZERS[name].weight_decay
@@ -68,11 +71,13 @@ def make_optimizer(
         return torch.optim.SGD(parameters, lr=lr, momentum=0.9, nesterov=True, weight_decay=weight_decay, fused=True)
     if name == "adamw":
         return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
-    if name == "rmsprop-tf":
+    if name in ("rmsprop-tf", "muon"):
         try:
-            from timm.optim import RMSpropTF
+            from timm.optim import Muon, RMSpropTF
         except ImportError:
-            raise ValueError("--optimizer rmsprop-tf: timm is not installed, run `pip install timm`") from None
+            raise ValueError(f"--optimizer {name}: needs timm 1.0.21 or newer, run `pip install -U timm`") from None
+        if name == "muon":
+            return Muon(parameters, lr=lr, momentum=0.95, nesterov=True, weight_decay=weight_decay)
         return RMSpropTF(parameters, lr=lr, alpha=0.9, momentum=0.9, eps=1e-3, weight_decay=weight_decay)
     parameters = list(parameters)
     plain = current() == "eager" or any(p.device.type != "cpu" or p.dtype != torch.float32 for p in parameters)

@@ -100,8 +100,12 @@ def test_peak_of_the_fastest_assignment(segments: bool) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"optimizer": "sgd", "accumulate": 2}, {"optimizer": "adamw", "freeze": "stages.5,stages.6,head"}],
-    ids=lambda options: "-".join(options),
+    [
+        {"optimizer": "sgd", "accumulate": 2},
+        {"optimizer": "adamw", "freeze": "stages.5,stages.6,head"},
+        {"optimizer": "muon"},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
 )
 def test_peak_of_other_runs(options: dict[str, Any]) -> None:
     config = config_of(**{"variant": "b0", "resolution": 96, "batch_size": 16, "amp": "bf16", **options})

@@ -195,7 +195,8 @@ def train_a_step(folder: Path, *options: str) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        *("--optimizer rmsprop-tf", "--optimizer sgd", "--optimizer adamw", "--weight-decay 0.1", "--lr 0.1"),
+        *("--optimizer rmsprop-tf", "--optimizer sgd", "--optimizer adamw", "--optimizer muon"),
+        *("--weight-decay 0.1", "--lr 0.1"),
         *("--label-smoothing 0.3", "--ema-decay 0.05", "--no-ema-warmup", "--accumulate 2", "--clip-grad 0.01"),
         *("--mixup 0.2", "--cutmix 1", "--mixup 0.2 --cutmix 1", "--randaugment 9", "--augment reference"),
         *("--autoaugment cifar10", "--autoaugment imagenet", "--augment reference --autoaugment svhn"),
