@@ -43,11 +43,12 @@ struct DepthwiseTasks {
   DepthwiseTasks(const Shape& s, int64_t bytes_per_vector) : images(s.n), vectors(s.vectors()) {
     constexpr int64_t kCacheBytes = 256 << 10, kMaxTasks = 64, kMinVectors = 8192, kFewTasks = 4, kFewestVectors = 1024;
     const int64_t fit = std::max<int64_t>(1, std::min(vectors, kCacheBytes / bytes_per_vector));
-    blocks = (vectors + fit - 1) / fit;
-    block = (vectors + blocks - 1) / std::max<int64_t>(blocks, 1);
     const int64_t total = images * s.pixels() * vectors, few = std::min(kFewTasks, total / kFewestVectors);
     const int64_t wanted = std::clamp<int64_t>(std::max(total / kMinVectors, few), 1, kMaxTasks);
+    blocks = (vectors + fit - 1) / fit;
     groups = std::min(images, (wanted + blocks - 1) / std::max<int64_t>(blocks, 1));
+    if (groups > 0) blocks = std::clamp((few + groups - 1) / groups, blocks, vectors);  // few images, one perhaps
+    block = (vectors + blocks - 1) / std::max<int64_t>(blocks, 1);
   }
   int64_t group_begin(int64_t group) const { return images * group / groups; }
   int64_t group_images(int64_t group) const { return group_begin(group + 1) - group_begin(group); }
@@ -77,9 +78,11 @@ inline std::vector<float> order_taps(const Tensor& weight, const Shape& s, const
   const int64_t count = taps.size(), all = weight.size(2) * weight.size(3);
   std::vector<float> packed(s.vectors() * count * kLanes);
   const FloatWeights w = as_floats(weight, "weight");
-  for (int64_t c = 0; c < s.c; ++c)
-    for (int64_t tap = 0; tap < count; ++tap)
-      packed[(c / kLanes * count + tap) * kLanes + c % kLanes] = w.data[c * all + taps[tap]];
+  for (int64_t c = 0; c < s.c; ++c) {
+    const float* from = w.data + c * all;
+    float* to = packed.data() + c / kLanes * count * kLanes + c % kLanes;
+    for (int64_t tap = 0; tap < count; ++tap) to[tap * kLanes] = from[taps[tap]];
+  }
   return packed;
 }
 

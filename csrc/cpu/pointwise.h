@@ -2,6 +2,8 @@
 // is done as its operand is formed, what follows (statistics, sums) on its result before that leaves the cache.
 #pragma once
 
+#include <numeric>
+
 #include "matmul.h"
 #include "output_grad.h"
 #include "window.h"
@@ -134,8 +136,9 @@ inline void multiply_pixels(const T* x, const Shape& s, const GatedInput& input,
   const int64_t words = product_words<W>(s.c), row_words = padded_row(s.c), vectors = (columns + kLanes - 1) / kLanes;
   const int64_t max_rows = block_rows<W>(s.c);
   const int64_t count = (vectors + kPanelVectors - 1) / kPanelVectors;
-  // too few pixels to go round (a batch of one): the output channels are split as well
-  const int64_t groups = std::clamp<int64_t>(kMinTasks / std::max<int64_t>(chunks.count, 1), 1, count);
+  // too few pixels to go round (a batch of one): the output channels are split as well, for which each part forms its rows
+  const int64_t threads = chunks.count < kMinTasks ? torch::stable::get_num_threads() : 1;
+  const int64_t groups = std::min(threads / std::gcd(threads, chunks.count), count);
   for_each_task(chunks.count * groups, [&](int64_t task) {
     const int64_t group = task % groups;
     float* rows = scratch(max_rows * (row_words + kPanelColumns) + vectors * 3 * kLanes);
