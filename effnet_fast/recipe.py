@@ -77,7 +77,17 @@ def make_optimizer(
         except ImportError:
             raise ValueError(f"--optimizer {name}: needs timm 1.0.21 or newer, run `pip install -U timm`") from None
         if name == "muon":
-            return Muon(parameters, lr=lr, momentum=0.95, nesterov=True, weight_decay=weight_decay)
+            # Three iterations, as Jordan has them for CIFAR-10: 8 epochs of 10,000 images end as with timm's five (79.1
+            # and 79.3 %), and a step of the study's baseline takes 88 ms of 480, not 129 (Emerald Rapids, two cores).
+            return Muon(
+                parameters,
+                lr=lr,
+                momentum=0.95,
+                nesterov=True,
+                weight_decay=weight_decay,
+                ns_steps=3,
+                ns_coefficients="original",
+            )
         return RMSpropTF(parameters, lr=lr, alpha=0.9, momentum=0.9, eps=1e-3, weight_decay=weight_decay)
     parameters = list(parameters)
     plain = current() == "eager" or any(p.device.type != "cpu" or p.dtype != torch.float32 for p in parameters)

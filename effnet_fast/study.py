@@ -47,7 +47,7 @@ RECIPES = {
     # of 1e-4 ended 5 points lower, and so did AdamW (2e-3). 35 epochs ended as high (89.4 %) with random erasing and
     # 87.5 % of each side seen, and with erasing and a learning rate of 0.02, whose average of the weights was 3 points
     # ahead in epoch 15. CutMix by turns with mixup (0.2) was no better (0.03: 89.1 % in epoch 32; 0.1: 75 % in epoch
-    # 14).
+    # 14). Muon (4e-3, weight decay 0.1) ends 8 epochs of 10,000 at 79 %, SGD at 71; it has not been run for 35.
     "tuned": [
         *("--strides", "1,1,1,2,2,1,2,1", "--augment", "crop", "--crop-pct", "1"),
         *("--drop-rate", "0", "--drop-path-rate", "0", "--optimizer", "sgd", "--lr", "0.05", "--weight-decay", "5e-4"),

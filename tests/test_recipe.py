@@ -113,10 +113,10 @@ def test_muon_makes_the_step_of_a_matrix_orthogonal() -> None:
     optimizer.step()
     step = (weight * (1 - 0.05 * 0.01) - parameter.detach()).flatten(1).double()
     u, s, v = torch.linalg.svd(parameter.grad.flatten(1).double(), full_matrices=False)
-    # as large as AdamW's, by Liu et al. 2025; the singular values come near 1, of the gradient they are 10 times apart
-    turned = u.T @ step @ v.T / (0.05 * 0.2 * 24**0.5)
+    turned = u.T @ step @ v.T / (0.05 * 0.2 * 24**0.5)  # as large as AdamW's, by Liu et al. 2025
     assert s.max() > 4 * s.min()
-    torch.testing.assert_close(turned, torch.eye(16, dtype=torch.float64), rtol=0, atol=0.3)
+    # three iterations in bf16, which end with singular values from 0.6 to 1.2
+    torch.testing.assert_close(turned, torch.eye(16, dtype=torch.float64), rtol=0, atol=0.4)
 
 
 def test_each_optimizer_has_its_own_defaults() -> None:
