@@ -476,7 +476,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_pointwise(
     for_each_task(groups * splits, [&](int64_t task) {
       const int64_t group = task / splits, split = task % splits;
       const int64_t own_rows = W::kDepth > 1 ? max_rows : 0;  // else a block's rows are those of the weight gradient
-      const int64_t transposed_rows = W::kTiles ? grad_size / grad_row : 0;
+      const int64_t transposed_rows = W::kTiles ? whole_tiles<W>(out.c) : 0;
       float* first_rows = scratch((own_rows + room) * row_words + max_rows * kPanelColumns + room * grad_row +
                                   transposed_rows * transposed_row);
       float* first_pairs = first_rows + own_rows * row_words;

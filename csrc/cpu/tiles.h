@@ -27,7 +27,8 @@ class TileRegisters {
   TileRegisters(const TileRegisters&) = delete;
 };
 
-// c (+)= a * b for R tiles of rows and V of columns; words: a multiple of kTileSide. Rows of a, b and c are so many floats apart.
+// c (+)= a * b for R tiles of rows and V of columns, and a multiple of kTileSide words. Rows of a, b and c are so many floats
+// apart.
 template <int R, int V>
 inline void multiply_tiles(int64_t words, const float* a, int64_t a_row, const float* b, int64_t b_row, float* c,
                            int64_t c_row, bool add) {
