@@ -455,7 +455,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_pointwise(
   const int64_t grad_row = s.vectors() * kLanes;
   Tensor dx = empty_nhwc(input_grad ? s : Shape{0, s.c, s.h, s.w}, x.scalar_type());
   Tensor dweight = empty_floats({out.c, s.c, 1, 1});
-  const int64_t grad_size = (out.c + 15) / 16 * 16 * grad_row;  // whole tiles of rows
+  const int64_t grad_size = whole_tiles<ProductWords<BFloat16>>(out.c) * grad_row;
   Tensor partial = empty_floats({groups, grad_size});
   if (chunks.count == 0) std::memset(floats(partial), 0, partial.numel() * sizeof(float));
   const int64_t channels = activation.scale ? s.c : 0;
