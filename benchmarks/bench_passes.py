@@ -14,11 +14,13 @@ from torch import Tensor
 from benchmarks.harness import BATCH, COMPILED, DTYPES, OURS, TWIN, Call, blocks, describe, dtype_name, images
 from effnet_fast.passes.backend import passes_for
 from tests.passes.samples import Call as Sample
-from tests.passes.samples import depthwise_calls, elementwise_calls, product_calls
+from tests.passes.samples import depthwise_calls, elementwise_calls, product_calls, sweep_calls
 
 SECONDS = 0.4
 # Both sum in float32 and round what they store once.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
+# The sweeps round what their products multiply, and that is all that is left where terms cancel.
+SWEPT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 # PyTorch sums the gradient of a bfloat16 weight in bfloat16.
 CONVOLUTION_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
@@ -44,6 +46,16 @@ CONVOLUTIONS = {
     describe(block, size): (block.depthwise.conv.out_channels, size, *block.depthwise.conv.weight.shape[2:3], stride)
     for block, size in blocks()
     for stride in block.depthwise.conv.stride[:1]
+}
+SWEEPS: dict[str, Callable[[Any], bool]] = {
+    "expand_stats": lambda a: True,
+    "expand_dwconv_stats": lambda a: True,
+    "backward_expand_dwconv": lambda a: a[8] is not None,
+}
+EXPANSIONS = {
+    f"{block.expand.conv.in_channels} to {describe(block, size)}": (block, size)
+    for block, size in blocks()
+    if block.expand is not None
 }
 PROJECTIONS = {
     f"{block.project.conv.in_channels}x{size}x{size} to {block.project.conv.out_channels}": (block.project.conv, size)
@@ -73,6 +85,14 @@ def product_samples(n: int, c: int, size: int, out_channels: int, dtype: torch.d
     return list(product_calls((n, c, size, size), dtype, out_channels))
 
 
+@lru_cache(maxsize=2)
+def sweep_samples(n: int, shape: str, dtype: torch.dtype) -> list[Sample]:
+    block, size = EXPANSIONS[shape]
+    conv, (stride, _) = block.depthwise.conv, block.depthwise.conv.stride
+    inputs = (n, block.expand.conv.in_channels, size, size)
+    return list(sweep_calls(inputs, dtype, conv.kernel_size[0], stride, False, conv.out_channels))
+
+
 @cache
 def compiled(name: str) -> Callable[..., Any]:
     return torch.compile(getattr(REFERENCE, name), dynamic=True)
@@ -83,7 +103,12 @@ def tensors(result: Any) -> Sequence[Tensor]:
 
 
 def compare(
-    race: Callable[..., None], name: str, shape: str, sample: Callable[[int], Sample], dtype: torch.dtype
+    race: Callable[..., None],
+    name: str,
+    shape: str,
+    sample: Callable[[int], Sample],
+    dtype: torch.dtype,
+    tolerance: dict[torch.dtype, float] = TOLERANCE,
 ) -> None:
     def make(function: Callable[..., Any], n: int) -> Call:
         args = sample(n).args
@@ -100,7 +125,7 @@ def compare(
         },
         examples=BATCH,
         seconds=SECONDS,
-        tolerance=TOLERANCE[dtype],
+        tolerance=tolerance[dtype],
         unit="GB/s",
         work=sum(t.nbytes for t in moved) / 2 / 1e9,
         table="Passes",
@@ -145,6 +170,16 @@ def test_product(race: Callable[..., None], shape: str, dtype: torch.dtype, name
         return next(s for s in samples if s.name == name and PRODUCTS[name](s.args))
 
     compare(race, name, shape, sample, dtype)
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+@dtypes
+@pytest.mark.parametrize("shape", EXPANSIONS)
+def test_sweep(race: Callable[..., None], shape: str, dtype: torch.dtype, name: str) -> None:
+    def sample(n: int) -> Sample:
+        return next(s for s in sweep_samples(n, shape, dtype) if s.name == name and SWEEPS[name](s.args))
+
+    compare(race, name, shape, sample, dtype, SWEPT_TOLERANCE)
 
 
 @dtypes

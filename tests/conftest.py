@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import importlib
 import multiprocessing
 import os
 from collections.abc import Iterator
@@ -19,3 +20,10 @@ def _no_process_outlives_its_test() -> Iterator[None]:
         if not process.daemon:  # others end with Python
             process.kill()
             process.join()
+
+
+@pytest.fixture
+def stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every block stores what it expands to, as on most processors: for tests with budgets that are right there."""
+    module = importlib.import_module("effnet_fast.ops.mbconv")  # torch is imported here, after the above
+    monkeypatch.setattr(module, "SWEPT_PIXELS", float("inf"))

@@ -18,7 +18,7 @@ from benchmarks.bench_passes import CONVOLUTIONS, DEPTHWISE, ELEMENTWISE
 from benchmarks.harness import COMPILED, LEAN, MIN, OURS, TWIN, Call, check, race
 from benchmarks.report import markdown
 from effnet_fast.doctor import processor
-from effnet_fast.passes.schema import PASSES, PRODUCTS
+from effnet_fast.passes.schema import PASSES, PRODUCTS, SWEEPS
 
 
 class FakeBenchmark:
@@ -123,7 +123,7 @@ def test_report_in_quick_mode(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     results = json.loads((tmp_path / "benchmarks.json").read_text())
     rows = [benchmark["extra_info"] for benchmark in results["benchmarks"]]
-    assert {row["row"].get("pass") for row in rows} == {None, *PASSES, *PRODUCTS}
+    assert {row["row"].get("pass") for row in rows} == {None, *PASSES, *PRODUCTS, *SWEEPS}
     assert {row["row"].get("op") for row in rows} == {None, *OPS}
     inference = next(r for r in rows if r["table"] == "B0, inference" and r["row"]["dtype"] == "float32")
     for name, module in (("OpenVINO", "openvino"), ("ONNX Runtime", "onnxruntime")):

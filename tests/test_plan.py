@@ -11,6 +11,8 @@ import torch
 from effnet_fast import create_model, plan, scaling
 from effnet_fast.planning import Planner
 
+pytestmark = pytest.mark.usefixtures("stored")
+
 TINY = ["--variant", "tiny", "--resolution", "64"]
 
 

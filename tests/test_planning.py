@@ -83,6 +83,7 @@ def test_a_step_at_full_size_in_8_gb(variant: str, batch_size: int) -> None:
     assert plan.peak == pytest.approx(peak, rel=ERROR)
 
 
+@pytest.mark.usefixtures("stored")
 @pytest.mark.parametrize("segments", [False, True])
 def test_peak_of_the_fastest_assignment(segments: bool) -> None:
     """Between the least and "min" parts have to run again in segments; between "min" and "fast" policies are mixed."""
@@ -211,6 +212,7 @@ def test_no_batch_fits(planner: Planner) -> None:
         planner.fastest(1, planner.fixed)
 
 
+@pytest.mark.usefixtures("stored")
 def test_a_model_within_a_budget() -> None:
     images = torch.randn(16, 3, 64, 64)
     torch.manual_seed(0)

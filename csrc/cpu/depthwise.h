@@ -389,6 +389,23 @@ struct StatisticsSink {
   }
 };
 
+// The statistics of all tasks' sinks together: state [task][vector][center, sum, sum of squares][lane], of count(task) values
+// a channel.
+template <class Count>
+inline void combine_statistics(const std::vector<float>& state, int64_t tasks, int64_t channels, const Count& count,
+                               float* mean, float* m2) {
+  const int64_t vectors = (channels + kLanes - 1) / kLanes;
+  std::vector<float> means(tasks * channels), m2s(tasks * channels);
+  for (int64_t task = 0; task < tasks; ++task)
+    for (int64_t c = 0; c < channels; ++c) {
+      const float* mine = &state[(task * vectors + c / kLanes) * 3 * kLanes + c % kLanes];
+      const float d = mine[kLanes] / (float)count(task);
+      means[task * channels + c] = mine[0] + d;
+      m2s[task * channels + c] = mine[2 * kLanes] - mine[kLanes] * d;
+    }
+  combine_moments(means.data(), m2s.data(), tasks, channels, count, mean, m2);
+}
+
 std::tuple<Tensor, Tensor, Tensor> dwconv_stats(const Tensor& x, const Tensor& weight, const OptionalTensor& scale,
                                                 const OptionalTensor& shift, int64_t stride, bool same) {
   const Shape s = check_nhwc(x, "x");
@@ -415,15 +432,7 @@ std::tuple<Tensor, Tensor, Tensor> dwconv_stats(const Tensor& x, const Tensor& w
     });
   });
   const auto count = [&](int64_t group) { return tasks.group_images(group) * pixels; };
-  std::vector<float> means(tasks.groups * s.c), m2s(tasks.groups * s.c);
-  for (int64_t group = 0; group < tasks.groups; ++group)
-    for (int64_t c = 0; c < s.c; ++c) {
-      const float* mine = state.data() + (group * s.vectors() + c / kLanes) * 3 * kLanes + c % kLanes;
-      const float d = mine[kLanes] / (float)count(group);
-      means[group * s.c + c] = mine[0] + d;
-      m2s[group * s.c + c] = mine[2 * kLanes] - mine[kLanes] * d;
-    }
-  combine_moments(means.data(), m2s.data(), pixels > 0 ? tasks.groups : 0, s.c, count, floats(mean), floats(m2));
+  combine_statistics(state, pixels > 0 ? tasks.groups : 0, s.c, count, floats(mean), floats(m2));
   return {y, mean, m2};
 }
 

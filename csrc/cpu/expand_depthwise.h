@@ -11,10 +11,12 @@ namespace effnet_fast {
 // Pixels that are expanded together, at least, where a row has fewer: some tiles of the product.
 constexpr int64_t kExpandedTogether = 4 * kVectorRows;
 
-template <class T, int K, int S>
+// The depthwise convolution of SiLU(e * scale + shift), e the product of one image x and expand. sink_of(c, lanes, row of the
+// output) returns what takes the outputs, as in `depthwise_forward`.
+template <class T, int K, int S, class SinkOf>
 inline void expand_depthwise_image(const T* x, const Shape& s, const Window& win, const float* expand,
-                                   const float* expand_shift, int64_t channels, const float* weight,
-                                   const float* depthwise_shift, T* z, float* pooled) {
+                                   const float* expand_scale, const float* expand_shift, int64_t channels,
+                                   const float* weight, const SinkOf& sink_of) {
   using W = Words<T>;
   using P = ProductWords<T>;
   const int64_t words = product_words<P>(s.c), row_words = padded_row(s.c), vectors = (channels + kLanes - 1) / kLanes;
@@ -40,11 +42,11 @@ inline void expand_depthwise_image(const T* x, const Shape& s, const Window& win
       for (int v = 0; v < V; ++v)
         with_lanes(panel * kPanelVectors + v, channels, [&](auto lanes) {
           const int64_t vector = panel * kPanelVectors + v;
-          const Vec shift = load(expand_shift + vector * kLanes, lanes);
+          const Vec scale = load(expand_scale + vector * kLanes, lanes), shift = load(expand_shift + vector * kLanes, lanes);
           const float* from = sums + v * kLanes;
           for (int64_t h = begin; h < end; ++h) {
             float* to = ring + (vector * slots + h % slots) * row_floats + of_ring.left * kLanes;
-            write_columns<W>(to, s.w, [&](int64_t i) { return silu<T>(load(from + i * V * kLanes) + shift); });
+            write_columns<W>(to, s.w, [&](int64_t i) { return silu<T>(load(from + i * V * kLanes) * scale + shift); });
             from += s.w * V * kLanes;
           }
         });
@@ -61,38 +63,41 @@ inline void expand_depthwise_image(const T* x, const Shape& s, const Window& win
     }
     for (int64_t v = 0; v < vectors; ++v)
       with_lanes(v, channels, [&](auto lanes) {
-        const int64_t c = v * kLanes;
         const float* under[K];
         for (int kh = 0; kh < K; ++kh) {
           const int64_t h = top + kh;
           const float* row = ring + (v * slots + h % slots) * row_floats + of_ring.first_read * kLanes;
           under[kh] = h < 0 || h >= s.h ? nullptr : row;
         }
-        const int64_t row = win.out_w * channels;
-        AffineSink<T, decltype(lanes)> sink{z + oh * row + c, channels, lanes, pooled + c, kRowsAhead * row,
-                                            broadcast(1.f), load(depthwise_shift + c, lanes), load(pooled + c, lanes)};
-        dw_row<W, K, K, S>(under, weight + v * K * kernel_row, kernel_row, win.out_w, sink);
-        sink.finish();
+        auto sink = sink_of(v * kLanes, lanes, oh);
+        do
+          dw_row<W, K, K, S>(under, weight + v * K * kernel_row, kernel_row, win.out_w, sink);
+        while (!sink.finish());
       });
   }
 }
 
 // Of one image x: z = SiLU(depthwise convolution of e + depthwise_shift), e = SiLU(product of x and expand + expand_shift),
 // and the sums [1, C] of z over its pixels. expand: packed, weight: packed for the window.
-inline std::tuple<Tensor, Tensor> expand_depthwise(const Tensor& x, const Tensor& expand, const Tensor& expand_shift,
-                                                   const std::vector<float>& weight, const Window& win,
-                                                   const Tensor& depthwise_shift) {
+inline std::tuple<Tensor, Tensor> expand_depthwise(const Tensor& x, const Tensor& expand, const Tensor& ones,
+                                                   const Tensor& expand_shift, const std::vector<float>& weight,
+                                                   const Window& win, const Tensor& depthwise_shift) {
   const Shape s = check_nhwc(x, "x");
-  const int64_t channels = depthwise_shift.numel();
+  const int64_t channels = depthwise_shift.numel(), row = win.out_w * channels;
   const float* before = check_floats(expand_shift, "expand_shift", channels);
   const float* after = check_floats(depthwise_shift, "depthwise_shift", channels);
   Tensor z = empty_nhwc({1, channels, win.out_h, win.out_w}, x.scalar_type()), pooled = empty_floats({1, channels});
   std::memset(floats(pooled), 0, channels * sizeof(float));
   dispatch(x, "x", [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
+    const auto sink_of = [&](int64_t c, auto lanes, int64_t oh) {
+      float* sum = floats(pooled) + c;
+      return AffineSink<T, decltype(lanes)>{(T*)z.mutable_data_ptr() + oh * row + c, channels, lanes, sum,
+                                            kRowsAhead * row, broadcast(1.f), load(after + c, lanes), load(sum, lanes)};
+    };
     dispatch_window(win, [&]<int K, int S>() {
-      expand_depthwise_image<T, K, S>((const T*)x.const_data_ptr(), s, win, (const float*)expand.const_data_ptr(), before,
-                                      channels, weight.data(), after, (T*)z.mutable_data_ptr(), floats(pooled));
+      expand_depthwise_image<T, K, S>((const T*)x.const_data_ptr(), s, win, (const float*)expand.const_data_ptr(),
+                                      floats(ones), before, channels, weight.data(), sink_of);
     });
   });
   return {z, pooled};

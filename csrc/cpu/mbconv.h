@@ -2,12 +2,9 @@
 // `ops.mbconv_folded` compose them. Python takes as long from pass to pass as a pass over a small map does.
 #pragma once
 
-#include "depthwise_backward.h"
 #include "elementwise.h"
-#include "expand_depthwise.h"
 #include "normalization.h"
-#include "pointwise.h"
-#include "squeeze.h"
+#include "sweeps.h"
 
 namespace effnet_fast {
 
@@ -32,23 +29,29 @@ inline OptionalTensor branch_gate(const OptionalTensor& branch_scale, int64_t ch
   return gate;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> block_forward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> block_forward(
     const Tensor& x, const OptionalTensor& w_expand, const OptionalTensor& bn1_weight, const OptionalTensor& bn1_bias,
     double bn1_eps, const Tensor& w_depthwise, const Tensor& bn2_weight, const Tensor& bn2_bias, double bn2_eps,
     const Tensor& w_se_reduce, const Tensor& b_se_reduce, const Tensor& w_se_expand, const Tensor& b_se_expand,
     const Tensor& w_project, const Tensor& bn3_weight, const Tensor& bn3_bias, double bn3_eps,
-    const OptionalTensor& branch_scale, int64_t stride, bool same, bool residual) {
-  Tensor e = x, stats1 = empty_floats({0});
+    const OptionalTensor& branch_scale, int64_t stride, bool same, bool residual, bool sweep) {
+  const Tensor nothing = torch::stable::empty({0}, x.scalar_type());
+  Tensor e = w_expand ? nothing : x, stats1 = empty_floats({0}), moments = empty_floats({0});
   OptionalTensor scale1, shift1;
   if (w_expand) {
     STD_TORCH_CHECK(bn1_weight && bn1_bias, "bn1_weight, bn1_bias: must be given with w_expand");
-    const auto [output, mean, m2] = pointwise_stats(x, *w_expand, std::nullopt, std::nullopt, std::nullopt);
-    e = output;
-    stats1 = batch_norm_stats(mean, m2, *bn1_weight, *bn1_bias, bn1_eps, values_per_channel(e));
+    Tensor mean, m2;
+    if (sweep)
+      std::tie(mean, m2, moments) = expand_stats(x, *w_expand);
+    else
+      std::tie(e, mean, m2) = pointwise_stats(x, *w_expand, std::nullopt, std::nullopt, std::nullopt);
+    stats1 = batch_norm_stats(mean, m2, *bn1_weight, *bn1_bias, bn1_eps, values_per_channel(x));
     scale1 = torch::stable::select(stats1, 0, 0);
     shift1 = torch::stable::select(stats1, 0, 1);
   }
-  const auto [y, mean2, m2_2] = dwconv_stats(e, w_depthwise, scale1, shift1, stride, same);
+  const auto [y, mean2, m2_2] = w_expand && sweep
+                                    ? expand_dwconv_stats(x, *w_expand, *scale1, *shift1, w_depthwise, stride, same)
+                                    : dwconv_stats(e, w_depthwise, scale1, shift1, stride, same);
   const Tensor stats2 = batch_norm_stats(mean2, m2_2, bn2_weight, bn2_bias, bn2_eps, values_per_channel(y));
   const Norm norm2(stats2);
   const Tensor squeeze = squeeze_gate(pool(y, norm2.scale, norm2.shift, true), y.size(2) * y.size(3), w_se_reduce,
@@ -59,15 +62,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> block
   const Norm norm3(stats3);
   const Tensor out = apply(p, norm3.scale, norm3.shift, false, branch_gate(branch_scale, p.size(1)),
                            residual ? OptionalTensor(x) : std::nullopt);
-  return {out, w_expand ? e : torch::stable::empty({0}, x.scalar_type()), y, p, stats1, stats2, stats3, squeeze};
+  return {out, w_expand ? e : nothing, y, p, stats1, stats2, stats3, squeeze, moments};
 }
 
 // Gradients of x, bn3 [2, C] (weight, bias), bn2, w_project, w_depthwise, squeeze-excite's four, w_expand and bn1; the
 // last two are empty without expansion, where e is x and its gradient comes in any case.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> block_backward(
     const Tensor& dout, const Tensor& x, const Tensor& e, const Tensor& y, const Tensor& p, const Tensor& stats1,
-    const Tensor& stats2, const Tensor& stats3, const Tensor& squeeze, const OptionalTensor& w_expand,
-    const Tensor& w_depthwise, const Tensor& w_se_reduce, const Tensor& b_se_reduce, const Tensor& w_se_expand,
+    const Tensor& stats2, const Tensor& stats3, const Tensor& squeeze, const Tensor& moments,
+    const OptionalTensor& w_expand, const Tensor& w_depthwise, const Tensor& w_se_reduce, const Tensor& b_se_reduce, const Tensor& w_se_expand,
     const Tensor& b_se_expand, const Tensor& w_project, const OptionalTensor& branch_scale, int64_t stride, bool same,
     bool residual, bool input_grad) {
   const Norm norm2(stats2), norm3(stats3);
@@ -86,6 +89,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
                         x.scalar_type());
   const Tensor dbn2 = batch_norm_grad(stats2, sums2, gate, pooled_grad, values_per_channel(y));
 
+  const OptionalTensor added = residual ? OptionalTensor(dout) : std::nullopt;
+  if (moments.numel() > 0) {
+    const Norm norm1(stats1);
+    const auto [dx, dw_expand, dw_depthwise, dbn1] = backward_expand_dwconv(
+        dh, y, x, *w_expand, w_depthwise, norm2.scale, norm2.shift, norm2.mean, gate, pooled_grad, row(dbn2, 2),
+        row(dbn2, 3), norm1.scale, norm1.shift, norm1.mean, norm1.rstd, moments, added, stride, same);
+    return {dx,           affine(dbn3), affine(dbn2), dw_project, dw_depthwise, dw_se_reduce, db_se_reduce,
+            dw_se_expand, db_se_expand, dw_expand,    dbn1};
+  }
   OptionalTensor scale1, shift1, mean1, rstd1;
   if (w_expand) {
     const Norm norm1(stats1);
@@ -101,7 +113,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     std::tie(dx, dw_expand, std::ignore) =
         backward_pointwise(g, e, x, *w_expand, scale1, shift1, mean1, false, std::nullopt, row(grad1, 2), row(grad1, 3),
                            std::nullopt, std::nullopt, std::nullopt, std::nullopt, std::nullopt,
-                           residual ? OptionalTensor(dout) : std::nullopt, input_grad);
+                           added, input_grad);
     dbn1 = affine(grad1);
   } else if (residual) {
     dx = torch::stable::subtract(g, dout, -1.0);  // the stable ABI has no add
@@ -150,7 +162,7 @@ Tensor block_inference(const Tensor& x, const OptionalTensor& expand, const Opti
   for_each_task(s.n, [&](int64_t n) {
     Tensor batch = x;
     const Tensor image = torch::stable::narrow(batch, 0, n, 1), into = torch::stable::narrow(out, 0, n, 1);
-    const auto [z, pooled] = expand ? expand_depthwise(image, *expand, *expand_shift, weight, win, depthwise_shift)
+    const auto [z, pooled] = expand ? expand_depthwise(image, *expand, ones, *expand_shift, weight, win, depthwise_shift)
                                     : depthwise(image);
     project_gated(z, pooled, image, into);
   });

@@ -30,6 +30,9 @@ STABLE_TORCH_LIBRARY_IMPL(effnet_fast, CPU, m) {
   m.impl("block_inference", TORCH_BOX(&effnet_fast::block_inference));
   m.impl("block_forward", TORCH_BOX(&effnet_fast::block_forward));
   m.impl("block_backward", TORCH_BOX(&effnet_fast::block_backward));
+  m.impl("expand_stats", TORCH_BOX(&effnet_fast::expand_stats));
+  m.impl("expand_dwconv_stats", TORCH_BOX(&effnet_fast::expand_dwconv_stats));
+  m.impl("backward_expand_dwconv", TORCH_BOX(&effnet_fast::backward_expand_dwconv));
   m.impl("rmsprop_step", TORCH_BOX(&effnet_fast::rmsprop_step));
 }
 

@@ -423,6 +423,79 @@ inline void write_input(const T* x, const Shape& s, const Block& block, int64_t 
   });
 }
 
+// The two products of a backward pass: the gradients `dy` [rows, out] of a block of pixels with the weight, and, summed over
+// many blocks, with the input. For one thread, in so many floats of memory.
+template <class T>
+class GradProducts {
+  using W = ProductWords<T>;
+  int64_t in, out, max_rows, words, row_words, room, transposed_row;
+  float *rows, *first_pairs, *products, *all_activated, *transposed;
+  const float* panels;
+  float* weight_grad;
+  int64_t pairs = 0;  // of rows, formed and not yet added
+  bool add_to_weight = false;
+  [[no_unique_address]] ProductRegisters<W> registers;
+
+  // else a block's rows are those of the weight gradient
+  static int64_t own_rows(int64_t max_rows) { return W::kDepth > 1 ? max_rows : 0; }
+  static int64_t pairs_room(int64_t in, int64_t out, int64_t max_rows) {
+    return product_words<W>(std::max(weight_grad_rows<W>(in, out), max_rows));
+  }
+
+ public:
+  static int64_t grad_row(int64_t in) { return (in + kLanes - 1) / kLanes * kLanes; }
+  static int64_t floats(int64_t in, int64_t out, int64_t max_rows) {
+    const int64_t room = pairs_room(in, out, max_rows);
+    return (own_rows(max_rows) + room) * padded_row(out) + whole_tiles<W>(max_rows) * kPanelColumns + room * grad_row(in) +
+           (W::kTiles ? whole_tiles<W>(out) * padded_row(room) : 0);
+  }
+
+  // panels: the packed weight, or null. weight_grad: [out, grad_row], whole tiles.
+  GradProducts(int64_t in, int64_t out, int64_t max_rows, float* memory, const float* panels, float* weight_grad)
+      : in(in), out(out), max_rows(max_rows), words(product_words<W>(out)), row_words(padded_row(out)),
+        room(pairs_room(in, out, max_rows)), transposed_row(padded_row(room)), rows(memory),
+        first_pairs(rows + own_rows(max_rows) * row_words), products(first_pairs + room * row_words),
+        all_activated(products + whole_tiles<W>(max_rows) * kPanelColumns), transposed(all_activated + room * grad_row(in)),
+        panels(panels), weight_grad(weight_grad) {
+    end_rows<W>(rows, own_rows(max_rows), row_words, out);
+  }
+
+  // form(rows, row_pairs, row_words) writes a block's dy as `form_grad_rows` does. emit(products, stride, first channel,
+  // lanes, activated) takes the products with the weight, for a vector of the input's channels, and writes the input as
+  // `write_input` does. Panels of input channels [begin, end); last: of the blocks that are added up.
+  template <class Form, class Emit>
+  void add(int64_t count, bool last, int64_t begin, int64_t end, const Form& form, const Emit& emit) {
+    float* row_pairs = first_pairs + pairs * row_words;
+    float* block_rows = W::kDepth > 1 ? rows : row_pairs;
+    form(block_rows, row_pairs, row_words);
+    const int64_t before = pairs;
+    pairs += words_of<W>(count);
+    const bool full = last || pairs + words_of<W>(max_rows) > room;
+    const int64_t summed = product_words<W>(pairs * W::kDepth);
+    LeftOperand grads{};
+    if (full) grads = columns_as_rows<W>(first_pairs, row_words, pairs, out, transposed, transposed_row);
+    for_each_panel(begin, end, (in + kLanes - 1) / kLanes, [&]<int V>(int64_t panel) {
+      float* panel_activated = all_activated + panel * kPanelColumns * room;
+      float* activated = panel_activated + before * V * kLanes;
+      if (panels)
+        multiply_panel<W, V>(count, words, block_rows, row_words, 1, panels + panel * kPanelColumns * words, V * kLanes,
+                             products, V * kLanes, false);
+      for (int v = 0; v < V; ++v)
+        with_lanes(panel * kPanelVectors + v, in, [&](auto lanes) {
+          emit(products + v * kLanes, V * kLanes, (panel * kPanelVectors + v) * kLanes, lanes, activated + v * kLanes);
+        });
+      if (!full) return;
+      std::memset(panel_activated + pairs * V * kLanes, 0, (summed - pairs) * V * kLanes * sizeof(float));
+      multiply_panel<W, V>(out, summed, grads.words, grads.row, grads.step, panel_activated, V * kLanes,
+                           weight_grad + panel * kPanelColumns, grad_row(in), add_to_weight);
+    });
+    if (full) {
+      pairs = 0;
+      add_to_weight = true;
+    }
+  }
+};
+
 std::tuple<Tensor, Tensor, Tensor> backward_pointwise(
     const Tensor& grad, const OptionalTensor& y, const Tensor& x, const Tensor& weight, const OptionalTensor& scale,
     const OptionalTensor& shift, const OptionalTensor& mean, bool silu_, const OptionalTensor& gate,
@@ -452,7 +525,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_pointwise(
   const int64_t groups =
       std::clamp<int64_t>(std::min(threads, s.n * s.pixels() / kSharedPixels), 1, std::max<int64_t>(chunks.count, 1));
   const int64_t splits = std::clamp<int64_t>(threads / groups, 1, count);
-  const int64_t grad_row = s.vectors() * kLanes;
+  const int64_t grad_row = GradProducts<float>::grad_row(s.c);
   Tensor dx = empty_nhwc(input_grad ? s : Shape{0, s.c, s.h, s.w}, x.scalar_type());
   Tensor dweight = empty_floats({out.c, s.c, 1, 1});
   const int64_t grad_size = whole_tiles<ProductWords<BFloat16>>(out.c) * grad_row;
@@ -464,66 +537,30 @@ std::tuple<Tensor, Tensor, Tensor> backward_pointwise(
   dispatch(x, "x", [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using W = ProductWords<T>;
-    const int64_t words = product_words<W>(out.c), row_words = padded_row(out.c), max_rows = block_rows<W>(out.c);
-    const int64_t room = product_words<W>(weight_grad_rows<W>(s.c, out.c));
-    const int64_t transposed_row = padded_row(room);
+    const int64_t max_rows = block_rows<W>(out.c);
     const Tensor panels = pack_panels<W>(w.data, out.c, input_grad ? s.c : 0, s.c, 1);
-    const float* packed = floats(panels);
     const T *in = (const T*)x.const_data_ptr(), *dy = (const T*)grad.const_data_ptr();
     const T* source = y ? (const T*)y->const_data_ptr() : nullptr;
     const T* added = residual ? (const T*)residual->const_data_ptr() : nullptr;
     T* to = (T*)dx.mutable_data_ptr();
     for_each_task(groups * splits, [&](int64_t task) {
       const int64_t group = task / splits, split = task % splits;
-      const int64_t own_rows = W::kDepth > 1 ? max_rows : 0;  // else a block's rows are those of the weight gradient
-      const int64_t transposed_rows = W::kTiles ? whole_tiles<W>(out.c) : 0;
-      float* first_rows = scratch((own_rows + room) * row_words + max_rows * kPanelColumns + room * grad_row +
-                                  transposed_rows * transposed_row);
-      float* first_pairs = first_rows + own_rows * row_words;
-      float* products = first_pairs + room * row_words;
-      float* all_activated = products + max_rows * kPanelColumns;
-      float* transposed = all_activated + room * grad_row;
-      float* weight_grad = floats(partial) + group * grad_size;
-      end_rows<W>(first_rows, own_rows, row_words, out.c);
-      [[maybe_unused]] const ProductRegisters<W> registers;
+      GradProducts<T> products(s.c, out.c, max_rows, scratch(GradProducts<T>::floats(s.c, out.c, max_rows)),
+                               input_grad ? floats(panels) : nullptr, floats(partial) + group * grad_size);
       const int64_t first_chunk = chunks.count * group / groups, last_chunk = chunks.count * (group + 1) / groups - 1;
-      int64_t pairs = 0;  // of rows, formed and not yet added
-      bool add = false;
       for (int64_t chunk = first_chunk; chunk <= last_chunk; ++chunk)
         chunks.for_each_block<W>(chunk, max_rows, [&](const Block& block) {
-          float* row_pairs = first_pairs + pairs * row_words;
-          float* rows = W::kDepth > 1 ? first_rows : row_pairs;
-          form_grad_rows(dy, source, out, block, output_grad, rows, row_pairs, row_words);
-          const int64_t before = pairs;
-          pairs += words_of<W>(block.rows);
-          const bool full = pairs + max_rows / W::kDepth > room || (chunk == last_chunk && block.last);
-          const int64_t summed = product_words<W>(pairs * W::kDepth);
-          LeftOperand grads{};
-          if (full) grads = columns_as_rows<W>(first_pairs, row_words, pairs, out.c, transposed, transposed_row);
-          for_each_panel(count * split / splits, count * (split + 1) / splits, s.vectors(), [&]<int V>(int64_t panel) {
-            float* panel_activated = all_activated + panel * kPanelColumns * room;
-            float* activated = panel_activated + before * V * kLanes;
+          const auto form = [&](float* rows, float* row_pairs, int64_t row_words) {
+            form_grad_rows(dy, source, out, block, output_grad, rows, row_pairs, row_words);
+          };
+          products.add(block.rows, chunk == last_chunk && block.last, count * split / splits, count * (split + 1) / splits,
+                       form, [&](const float* from, int64_t stride, int64_t c, auto lanes, float* activated) {
             if (input_grad)
-              multiply_panel<W, V>(block.rows, words, rows, row_words, 1, packed + panel * kPanelColumns * words,
-                                   V * kLanes, products, V * kLanes, false);
-            for (int v = 0; v < V; ++v)
-              with_lanes(panel * kPanelVectors + v, s.c, [&](auto lanes) {
-                const int64_t c = (panel * kPanelVectors + v) * kLanes;
-                if (input_grad)
-                  emit_input_grad(products + v * kLanes, V * kLanes, in, added, s, chunks, block, c, lanes, activation,
-                                  to, floats(image_sums), activated + v * kLanes);
-                else
-                  write_input(in, s, block, c, lanes, activated + v * kLanes, V * kLanes);
-              });
-            if (!full) return;
-            std::memset(panel_activated + pairs * V * kLanes, 0, (summed - pairs) * V * kLanes * sizeof(float));
-            multiply_panel<W, V>(out.c, summed, grads.words, grads.row, grads.step, panel_activated, V * kLanes,
-                                 weight_grad + panel * kPanelColumns, grad_row, add);
+              emit_input_grad(from, stride, in, added, s, chunks, block, c, lanes, activation, to, floats(image_sums),
+                              activated);
+            else
+              write_input(in, s, block, c, lanes, activated, stride);
           });
-          if (full) {
-            pairs = 0;
-            add = true;
-          }
         });
     });
   });

@@ -19,10 +19,13 @@ from effnet_fast.ops.memory_policy import Memory, check_memory
 from effnet_fast.ops.normalization import BatchNorm, batch_norm_grad, batch_stats, update_running, values_per_channel
 from effnet_fast.ops.squeeze_excite import SqueezeExcite
 from effnet_fast.passes.algebra import Norm
-from effnet_fast.passes.backend import passes_for, resolve
+from effnet_fast.passes.backend import cpu_isa, passes_for, resolve
 from effnet_fast.passes.products import identity
 from effnet_fast.passes.reference import dwconv
 from effnet_fast.passes.schema import convolution_output
+
+# Of a map whose expansion is swept, at least: of smaller ones the passes are quicker (figures in csrc/cpu/sweeps.h).
+SWEPT_PIXELS = 28 * 28
 
 
 def mbconv(
@@ -52,7 +55,8 @@ def mbconv(
 
     memory: what training keeps for backward besides x: "fast" the outputs of all three convolutions, e, y and p; "lean"
     y and p, but no p without a 1x1 expansion, where p is large and soon computed; "min" nothing. The rest is computed
-    again, from the same statistics: gradients are the same, bit for bit.
+    again, from the same statistics: gradients are the same, bit for bit. e is not even kept by "fast" where it never
+    exists: bf16 maps of 28 px and up, on a CPU with AMX.
     BatchNorm's running statistics are updated in training. Not twice differentiable. Gradients in eval mode, and calls
     that no native backend can run, take `mbconv_eager`, which keeps what autograd keeps.
     Raises ValueError that names the argument, or RuntimeError if a backend was insisted on and can't run the call.
@@ -88,7 +92,7 @@ def mbconv(
         return mbconv_eager(*operands, stride=stride, same=same, residual=residual, branch_scale=branch_scale)
     if not training:
         return _inference(*operands, stride, same, residual, branch_scale)
-    out, _, _, _, stats1, stats2, stats3, _ = _mbconv(
+    out, _, _, _, stats1, stats2, stats3, _, _ = _mbconv(
         x,
         w_expand,
         bn1.weight if bn1 else None,
@@ -191,29 +195,42 @@ def _forward(
     residual: bool,
     memory: str,
     group: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """out, e, y, p (empty if not kept), stats1, stats2, stats3, squeeze: see `section.Kept`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """out, e, y, p (empty if not kept), stats1, stats2, stats3, squeeze (`section.Kept`), moments (`expand_stats`)."""
     passes = passes_for(_as_expanded(x, w_expand), w_depthwise.shape[-1], stride)
-    keeps = _kept(memory, w_expand)
+    sweep = _sweeps(x, w_expand, group)
+    keeps = _kept(memory, w_expand, sweep)
     source, matrix = _as_pointwise(passes, x, w_expand, expand_stride, same)
     if _in_one_call(passes, x, group):
         out, e, y, p, *others = passes.block_forward(
             source, matrix, bn1_weight, bn1_bias, bn1_eps, w_depthwise, bn2_weight, bn2_bias, bn2_eps, w_se_reduce,
             b_se_reduce, w_se_expand, b_se_expand, w_project, bn3_weight, bn3_bias, bn3_eps, branch_scale, stride, same,
-            residual,
+            residual, sweep,
         )  # fmt: skip
         return out, *_those_kept(keeps, e, y, p), *others
-    e, stats1 = x, None
+    e, stats1, moments = source, None, bn2_weight.new_empty(0, dtype=torch.float32)
     if matrix is not None and bn1_weight is not None and bn1_bias is not None:
-        e, *moments = passes.pointwise_stats(source, matrix, None, None, None)
-        stats1 = batch_stats(passes, moments, bn1_weight, bn1_bias, bn1_eps, values_per_channel(e), group)
+        if sweep:
+            *of_e, moments = passes.expand_stats(source, matrix)
+        else:
+            e, *of_e = passes.pointwise_stats(source, matrix, None, None, None)
+        stats1 = batch_stats(passes, of_e, bn1_weight, bn1_bias, bn1_eps, values_per_channel(e), group)
     se = SqueezeExcite(w_se_reduce, b_se_reduce, w_se_expand, b_se_expand)
-    kept = sections.forward(passes, e, stats1, w_depthwise, (bn2_weight, bn2_bias, bn2_eps), se, stride, same, group)
-    p, *moments = passes.pointwise_stats(kept.y, w_project, kept.stats2[0], kept.stats2[1], kept.gate)
-    stats3 = batch_stats(passes, moments, bn3_weight, bn3_bias, bn3_eps, values_per_channel(p), group)
+    bn2, swept = (bn2_weight, bn2_bias, bn2_eps), matrix if sweep else None
+    kept = sections.forward(passes, e, stats1, w_depthwise, bn2, se, stride, same, group, swept)
+    p, *of_p = passes.pointwise_stats(kept.y, w_project, kept.stats2[0], kept.stats2[1], kept.gate)
+    stats3 = batch_stats(passes, of_p, bn3_weight, bn3_bias, bn3_eps, values_per_channel(p), group)
     gate = branch_gate(branch_scale, p)
     out = passes.apply(p, stats3[0], stats3[1], False, gate, x if residual else None)
-    return out, *_those_kept(keeps, e, kept.y, p), kept.stats1, kept.stats2, stats3, kept.squeeze
+    return out, *_those_kept(keeps, e, kept.y, p), kept.stats1, kept.stats2, stats3, kept.squeeze, moments
+
+
+def _sweeps(x: Tensor, w_expand: Tensor | None, group: str) -> bool:
+    """Whether e is never stored: where the sweeps are no slower, each thread with images of its own."""
+    if not _is_pointwise(w_expand) or group or x.device.type != "cpu" or x.dtype != torch.bfloat16:
+        return False
+    large = x.shape[2] * x.shape[3] >= SWEPT_PIXELS and len(x) >= torch.get_num_threads()
+    return large and cpu_isa() == "amx"
 
 
 def _in_one_call(passes: Any, x: Tensor, group: str) -> bool:
@@ -224,10 +241,10 @@ def _in_one_call(passes: Any, x: Tensor, group: str) -> bool:
     return not torch.autograd._profiler_enabled()
 
 
-def _kept(memory: str, w_expand: Tensor | None) -> tuple[bool, bool, bool]:
+def _kept(memory: str, w_expand: Tensor | None, sweep: bool) -> tuple[bool, bool, bool]:
     """Whether e, y and p are kept for backward; e is x itself without expansion."""
     fast, lean = memory == "fast", memory == "lean"
-    return fast and w_expand is not None, fast or lean, fast or (lean and _is_pointwise(w_expand))
+    return fast and w_expand is not None and not sweep, fast or lean, fast or (lean and _is_pointwise(w_expand))
 
 
 def _those_kept(keeps: tuple[bool, bool, bool], e: Tensor, y: Tensor, p: Tensor) -> list[Tensor]:
@@ -261,7 +278,10 @@ def _fake(
     p = convolution_output(y, w_project)
     stats1, stats2, squeeze = sections.fake_stats(e, w_expand is not None, True)
     stats3 = stats2.new_empty(5, p.shape[1])
-    return torch.empty_like(p), *_those_kept(_kept(memory, w_expand), e, y, p), stats1, stats2, stats3, squeeze
+    sweep = _sweeps(x, w_expand, group)
+    kept = _those_kept(_kept(memory, w_expand, sweep), e, y, p)
+    moments = x.new_empty((1 + x.shape[1], x.shape[1]) if sweep else 0, dtype=torch.float32)
+    return torch.empty_like(p), *kept, stats1, stats2, stats3, squeeze, moments
 
 
 def _backward(
@@ -274,6 +294,7 @@ def _backward(
     stats2: Tensor,
     stats3: Tensor,
     squeeze: Tensor,
+    moments: Tensor,
     w_expand: Tensor | None,
     w_depthwise: Tensor,
     w_se_reduce: Tensor,
@@ -294,11 +315,14 @@ def _backward(
     passes = passes_for(_as_expanded(x, w_expand), w_depthwise.shape[-1], stride)
     dout = channels_last(dout)
     source, matrix = _as_pointwise(passes, x, w_expand, expand_stride, same)
-    e, y, p = _recompute(passes, source, e, y, p, stats1, stats2, squeeze, matrix, w_depthwise, w_project, stride, same)
+    swept = moments.numel() > 0
+    e, y, p = _recompute(
+        passes, source, e, y, p, stats1, stats2, squeeze, matrix, w_depthwise, w_project, stride, same, swept
+    )
     if _in_one_call(passes, x, group):
         dsource, dbn3, dbn2, dw_project, dw_depthwise, *dse, dmatrix, dbn1 = passes.block_backward(
-            dout, source, e, y, p, stats1, stats2, stats3, squeeze, matrix, w_depthwise, w_se_reduce, b_se_reduce,
-            w_se_expand, b_se_expand, w_project, branch_scale, stride, same, residual, input_grad,
+            dout, source, e, y, p, stats1, stats2, stats3, squeeze, moments, matrix, w_depthwise, w_se_reduce,
+            b_se_reduce, w_se_expand, b_se_expand, w_project, branch_scale, stride, same, residual, input_grad,
         )  # fmt: skip
         weights = (w_project, w_depthwise, w_se_reduce, b_se_reduce, w_se_expand, b_se_expand)
         dweights = [d.to(w.dtype) for d, w in zip((dw_project, dw_depthwise, *dse), weights, strict=True)]
@@ -312,18 +336,24 @@ def _backward(
         do, dw_project, sums2 = passes.backward_pointwise(
             dout, p, y, w_project, *norm3[:3], False, gate, grad3.a, grad3.b, *norm2, kept.gate, None, True
         )
-        se = SqueezeExcite(w_se_reduce, b_se_reduce, w_se_expand, b_se_expand)
-        grad = sections.backward(passes, do, sums2, e, kept, w_depthwise, se, stride, same, group)
-        shared = [grad3.affine, grad.bn2.affine, dw_project.to(w_project.dtype), grad.weight, *grad.se]
-        if matrix is None:
-            dsource = grad.g + dout if residual else grad.g
-        else:
-            norm1, none = Norm.of(stats1), (None,) * 5
-            added = dout if residual else None
-            dsource, dmatrix, _ = passes.backward_pointwise(
-                grad.g, e, source, matrix, *norm1[:3], False, None, grad.bn1.a, grad.bn1.b, *none, added, input_grad
+        se, added = SqueezeExcite(w_se_reduce, b_se_reduce, w_se_expand, b_se_expand), dout if residual else None
+        grad: sections.SectionGrad | sections.SweptGrad
+        if swept:
+            grad = sections.backward_swept(
+                passes, do, sums2, source, matrix, moments, kept, w_depthwise, se, added, stride, same
             )
-            dbn1 = grad.bn1.affine
+            dsource, dmatrix, dbn1 = grad.dx, grad.expand, grad.bn1
+        else:
+            grad = sections.backward(passes, do, sums2, e, kept, w_depthwise, se, stride, same, group)
+            if matrix is None:
+                dsource = grad.g + dout if residual else grad.g
+            else:
+                norm1, none = Norm.of(stats1), (None,) * 5
+                dsource, dmatrix, _ = passes.backward_pointwise(
+                    grad.g, e, source, matrix, *norm1[:3], False, None, grad.bn1.a, grad.bn1.b, *none, added, input_grad
+                )
+                dbn1 = grad.bn1.affine
+        shared = [grad3.affine, grad.bn2.affine, dw_project.to(w_project.dtype), grad.weight, *grad.se]
     if w_expand is None:
         return [dsource, *shared]
     dx, dw_expand = convolution_grads(dsource, dmatrix, x, w_expand, expand_stride, same, input_grad)
@@ -344,23 +374,27 @@ def _recompute(
     w_project: Tensor,
     stride: int,
     same: bool,
+    swept: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """e (x without expansion), y and p: those kept, and the others as the forward pass made them."""
+    """e (x without expansion, empty if swept), y and p: those kept, and the others as the forward pass made them."""
     if w_expand is None:
         e = x
-    elif not e.numel():
+    elif not e.numel() and not swept:
         e = passes.pointwise_affine(x, w_expand, None, *identity(x.new_empty(0, w_expand.shape[0])), False, None)
     if not y.numel():
         scale, shift = stats1[:2].unbind() if w_expand is not None else (None, None)
-        y, _, _ = passes.dwconv_stats(e, w_depthwise, scale, shift, stride, same)
+        if swept:
+            y, _, _ = passes.expand_dwconv_stats(x, w_expand, scale, shift, w_depthwise, stride, same)
+        else:
+            y, _, _ = passes.dwconv_stats(e, w_depthwise, scale, shift, stride, same)
     if not p.numel():
         p, _, _ = passes.pointwise_stats(y, w_project, stats2[0], stats2[1], squeeze[1])
     return e, y, p
 
 
 def _backward_fake(
-    dout, x, e, y, p, stats1, stats2, stats3, squeeze, w_expand, w_depthwise, w_se_reduce, b_se_reduce, w_se_expand,
-    b_se_expand, w_project, branch_scale, expand_stride, stride, same, residual, group, input_grad,
+    dout, x, e, y, p, stats1, stats2, stats3, squeeze, moments, w_expand, w_depthwise, w_se_reduce, b_se_reduce,
+    w_se_expand, b_se_expand, w_project, branch_scale, expand_stride, stride, same, residual, group, input_grad,
 ):  # fmt: skip
     weights = [w_project, w_depthwise, w_se_reduce, b_se_reduce, w_se_expand, b_se_expand]
     like = [x if input_grad else x.new_empty(0), stats3[:2], stats2[:2], *weights]

@@ -45,6 +45,17 @@ class SectionGrad(NamedTuple):
     se: SqueezeExcite | None
 
 
+class SweptGrad(NamedTuple):
+    """Gradients of a section with the expansion before it: of x, w_expand, bn1 (weight, bias), and as `SectionGrad`."""
+
+    dx: Tensor
+    expand: Tensor
+    bn1: Tensor
+    weight: Tensor
+    bn2: NormGrad
+    se: SqueezeExcite | None
+
+
 def forward(
     passes: Any,
     e: Tensor,
@@ -55,10 +66,11 @@ def forward(
     stride: int,
     same: bool,
     group: str = "",
+    w_expand: Tensor | None = None,
 ) -> Kept:
     """All of the section but its last pass. stats1: e's, [5, C] from `batch_stats`; bn2: weight, bias, eps.
 
-    group: the BatchNorms', see `BatchNorm`.
+    group: the BatchNorms', see `BatchNorm`. With w_expand, e is its product with what is given as e, and not stored.
     """
     scale = shift = None
     squeeze = e.new_empty(0, dtype=torch.float32)
@@ -66,7 +78,10 @@ def forward(
         stats1 = e.new_empty(0, dtype=torch.float32)
     else:
         scale, shift = stats1[:2].unbind()
-    y, mean, m2 = passes.dwconv_stats(e, weight, scale, shift, stride, same)
+    if w_expand is None:
+        y, mean, m2 = passes.dwconv_stats(e, weight, scale, shift, stride, same)
+    else:
+        y, mean, m2 = passes.expand_dwconv_stats(e, w_expand, scale, shift, weight, stride, same)
     stats2 = batch_stats(passes, (mean, m2), *bn2, values_per_channel(y), group)
     if se is not None:
         pooled = passes.pool(y, stats2[0], stats2[1], True)
@@ -87,32 +102,50 @@ def backward(
     group: str = "",
 ) -> SectionGrad:
     """Gradients of everything, from the five sums over (do, y) and one sweep over (do, y, e)."""
-    y, norm1, norm2, gate = kept.y, kept.norm1, Norm.of(kept.stats2), kept.gate
-    dse = pooled_grad = None
-    if se is not None:
-        pooled_grad, *dweights = passes.squeeze_gate_grad(kept.squeeze, sums[0], y.shape[2] * y.shape[3], *se, y.dtype)
-        dse = SqueezeExcite(*(d.to(w.dtype) for d, w in zip(dweights, se, strict=True)))
-    dbn2 = batch_norm_grad(passes, kept.stats2, sums, gate, pooled_grad, values_per_channel(y), group)
+    dse, dbn2, output = _output_grad(passes, do, sums, kept, se, group)
+    norm1 = kept.norm1
     g, dweight, sums1 = passes.backward_dwconv(
-        do,
-        y,
-        e,
-        weight,
-        norm2.scale,
-        norm2.shift,
-        norm2.mean,
-        gate,
-        pooled_grad,
-        dbn2.a,
-        dbn2.b,
-        *(norm1 or (None, None, None, None)),
-        stride,
-        same,
+        do, kept.y, e, weight, *output, *(norm1 or (None, None, None, None)), stride, same
     )
     dbn1 = None
     if norm1 is not None:
         dbn1 = batch_norm_grad(passes, kept.stats1, sums1[:, None], None, None, values_per_channel(e), group)
     return SectionGrad(g, dbn1, dweight.to(weight.dtype), dbn2, dse)
+
+
+def backward_swept(
+    passes: Any,
+    do: Tensor,
+    sums: Tensor,
+    x: Tensor,
+    w_expand: Tensor,
+    moments: Tensor,
+    kept: Kept,
+    weight: Tensor,
+    se: SqueezeExcite | None,
+    residual: Tensor | None,
+    stride: int,
+    same: bool,
+) -> SweptGrad:
+    """The same of x, whose product with w_expand e is. moments: of `expand_stats`; residual: added to x's gradient."""
+    dse, dbn2, output = _output_grad(passes, do, sums, kept, se)
+    dx, dexpand, dweight, dbn1 = passes.backward_expand_dwconv(
+        do, kept.y, x, w_expand, weight, *output, *Norm.of(kept.stats1), moments, residual, stride, same
+    )
+    return SweptGrad(dx, dexpand, dbn1, dweight.to(weight.dtype), dbn2, dse)
+
+
+def _output_grad(
+    passes: Any, do: Tensor, sums: Tensor, kept: Kept, se: SqueezeExcite | None, group: str = ""
+) -> tuple[SqueezeExcite | None, NormGrad, tuple[Tensor | None, ...]]:
+    """Gradients of se and bn2, and the operands by which `backward_dwconv` forms y's."""
+    y, norm2, gate = kept.y, Norm.of(kept.stats2), kept.gate
+    dse = pooled_grad = None
+    if se is not None:
+        pooled_grad, *dweights = passes.squeeze_gate_grad(kept.squeeze, sums[0], y.shape[2] * y.shape[3], *se, y.dtype)
+        dse = SqueezeExcite(*(d.to(w.dtype) for d, w in zip(dweights, se, strict=True)))
+    dbn2 = batch_norm_grad(passes, kept.stats2, sums, gate, pooled_grad, values_per_channel(y), group)
+    return dse, dbn2, (*norm2[:3], gate, pooled_grad, dbn2.a, dbn2.b)
 
 
 def fake_stats(e: Tensor, has_bn1: bool, has_se: bool) -> tuple[Tensor, Tensor, Tensor]:

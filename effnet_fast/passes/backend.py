@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from effnet_fast import _host
-from effnet_fast.passes import algebra, products, reference, schema
+from effnet_fast.passes import algebra, products, reference, schema, sweeps
 
 BACKENDS = ("auto", "eager", "cpu", "cuda", "triton")
 
@@ -66,11 +66,15 @@ def cpu_isa() -> str:
 
 
 def with_products(passes: Any) -> SimpleNamespace:
-    """A backend's passes, products composed of them, and its algebra between them or PyTorch's; no blocks."""
+    """A backend's passes, products and sweeps composed of them, and its algebra or PyTorch's; no blocks."""
     own = {name: getattr(passes, name) for name in schema.PASSES}
-    composed = {name: partial(getattr(products, name), passes) for name in schema.PRODUCTS}
     between = {name: getattr(passes, name, getattr(algebra, name)) for name in schema.ALGEBRA}
-    return SimpleNamespace(**own, **composed, **between, **dict.fromkeys(schema.BLOCKS))
+    composed = SimpleNamespace(**own, **between, **dict.fromkeys(schema.BLOCKS))
+    for name in schema.PRODUCTS:
+        setattr(composed, name, partial(getattr(products, name), passes))
+    for name in schema.SWEEPS:
+        setattr(composed, name, partial(getattr(sweeps, name), composed))
+    return composed
 
 
 def _dispatched(names: tuple[str, ...]) -> SimpleNamespace:
@@ -80,7 +84,7 @@ def _dispatched(names: tuple[str, ...]) -> SimpleNamespace:
 
 # By backend; `why_unavailable` adds Triton's. Not a dict: a compiler takes all of it at once, perhaps before that.
 _PASSES = SimpleNamespace(
-    cpu=_dispatched(schema.PASSES + schema.PRODUCTS + schema.ALGEBRA + schema.BLOCKS),
+    cpu=_dispatched(schema.PASSES + schema.PRODUCTS + schema.SWEEPS + schema.ALGEBRA + schema.BLOCKS),
     cuda=with_products(_dispatched(schema.PASSES + schema.ALGEBRA)),
     reference=with_products(reference),
 )

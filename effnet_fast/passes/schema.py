@@ -28,6 +28,14 @@ backward_pointwise  gradients of the convolution's input (plus residual) and wei
                     [0, N, 0]. The gradient of the convolution's output is `backward_apply`, formed on load, or `grad`
                     itself where scale is None. Without input_grad, the input's gradient is of no images.
 
+A 1x1 convolution, its BatchNorm + SiLU and the depthwise convolution after it in one sweep each way, which never store
+the tensor between the two convolutions; a backend may leave them to `sweeps`, where they do:
+
+expand_stats            mean and m2 of the convolution of x; moments [1 + C_in, C_in]: x's mean and its covariance
+expand_dwconv_stats     y, mean and m2 of `dwconv_stats` of that convolution
+backward_expand_dwconv  gradients of x (plus residual), of both weights and of the BatchNorm between them: [2, C], its
+                        weight's and bias'. scale to b as in `backward_dwconv`, in_scale to in_rstd: that BatchNorm's
+
 Between the passes, on [C] and [N, C], which a backend may leave to `algebra`:
 
 batch_norm_stats    [5, C]: scale, shift, mean, rstd and the unbiased variance of a BatchNorm over `count` values a
@@ -41,9 +49,10 @@ squeeze_gate_grad   from the gate's gradient: `pooled_grad` of `backward_apply`,
 All of these that a block takes in one call, and products with weights that are laid out for them once. Backends may
 lack them, compilers do not see them:
 
-block_forward       out, e (empty without expansion), y and p, `batch_norm_stats` of the three, and `squeeze_gate`
+block_forward       out, e (empty without expansion, and with sweep: the block's expansion and depthwise convolution are
+                    those of the sweeps), y and p, `batch_norm_stats` of the three, `squeeze_gate`, and moments
 block_backward      gradients of x, bn3 [2, C] (weight, bias), bn2, w_project, w_depthwise, squeeze-excite's weights and
-                    biases, w_expand and bn1 (empty without expansion)
+                    biases, w_expand and bn1 (empty without expansion); moments: not empty where it is the sweeps'
 block_inference     a block with folded BatchNorms, of which the biases are left; expand and project as packed
 pack_pointwise      the weight of a 1x1 convolution, laid out for inputs of like's dtype
 packed_convolution  inference: SiLU(u) or u of a convolution, u = convolution + shift. panels: the packed weight, for a
@@ -103,12 +112,13 @@ _BLOCK_SCHEMAS = (
     "block_forward(Tensor x, Tensor? w_expand, Tensor? bn1_weight, Tensor? bn1_bias, float bn1_eps,"
     " Tensor w_depthwise, Tensor bn2_weight, Tensor bn2_bias, float bn2_eps, Tensor w_se_reduce, Tensor b_se_reduce,"
     " Tensor w_se_expand, Tensor b_se_expand, Tensor w_project, Tensor bn3_weight, Tensor bn3_bias, float bn3_eps,"
-    " Tensor? branch_scale, int stride, bool same, bool residual)"
-    " -> (Tensor out, Tensor e, Tensor y, Tensor p, Tensor stats1, Tensor stats2, Tensor stats3, Tensor squeeze)",
+    " Tensor? branch_scale, int stride, bool same, bool residual, bool sweep)"
+    " -> (Tensor out, Tensor e, Tensor y, Tensor p, Tensor stats1, Tensor stats2, Tensor stats3, Tensor squeeze,"
+    " Tensor moments)",
     "block_backward(Tensor dout, Tensor x, Tensor e, Tensor y, Tensor p, Tensor stats1, Tensor stats2, Tensor stats3,"
-    " Tensor squeeze, Tensor? w_expand, Tensor w_depthwise, Tensor w_se_reduce, Tensor b_se_reduce, Tensor w_se_expand,"
-    " Tensor b_se_expand, Tensor w_project, Tensor? branch_scale, int stride, bool same, bool residual,"
-    " bool input_grad)"
+    " Tensor squeeze, Tensor moments, Tensor? w_expand, Tensor w_depthwise, Tensor w_se_reduce, Tensor b_se_reduce,"
+    " Tensor w_se_expand, Tensor b_se_expand, Tensor w_project, Tensor? branch_scale, int stride, bool same,"
+    " bool residual, bool input_grad)"
     " -> (Tensor dx, Tensor dbn3, Tensor dbn2, Tensor dw_project, Tensor dw_depthwise, Tensor dw_se_reduce,"
     " Tensor db_se_reduce, Tensor dw_se_expand, Tensor db_se_expand, Tensor dw_expand, Tensor dbn1)",
     "block_inference(Tensor x, Tensor? expand, Tensor? expand_shift, Tensor w_depthwise, Tensor depthwise_shift,"
@@ -118,6 +128,16 @@ _BLOCK_SCHEMAS = (
     "packed_convolution(Tensor x, Tensor panels, int kernel, int stride, bool same, Tensor shift, bool silu) -> Tensor",
 )
 
+_SWEEP_SCHEMAS = (
+    "expand_stats(Tensor x, Tensor weight) -> (Tensor mean, Tensor m2, Tensor moments)",
+    "expand_dwconv_stats(Tensor x, Tensor w_expand, Tensor scale, Tensor shift, Tensor w_depthwise, int stride,"
+    " bool same) -> (Tensor y, Tensor mean, Tensor m2)",
+    "backward_expand_dwconv(Tensor grad, Tensor y, Tensor x, Tensor w_expand, Tensor w_depthwise, Tensor scale,"
+    " Tensor shift, Tensor mean, Tensor? gate, Tensor? pooled_grad, Tensor a, Tensor b, Tensor in_scale,"
+    " Tensor in_shift, Tensor in_mean, Tensor in_rstd, Tensor moments, Tensor? residual, int stride, bool same)"
+    " -> (Tensor dx, Tensor dw_expand, Tensor dw_depthwise, Tensor affine)",
+)
+
 _UPDATE_SCHEMA = (
     "rmsprop_step(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] squares, Tensor(c!)[] velocities, float lr,"
     " float alpha, float momentum, float eps, float weight_decay) -> ()"
@@ -125,11 +145,13 @@ _UPDATE_SCHEMA = (
 
 PASSES = tuple(schema.split("(")[0] for schema in _SCHEMAS)
 PRODUCTS = tuple(schema.split("(")[0] for schema in _PRODUCT_SCHEMAS)
+SWEEPS = tuple(schema.split("(")[0] for schema in _SWEEP_SCHEMAS)
 ALGEBRA = tuple(schema.split("(")[0] for schema in _ALGEBRA_SCHEMAS)
 BLOCKS = tuple(schema.split("(")[0] for schema in _BLOCK_SCHEMAS)
 
-for _schema in (*_SCHEMAS, *_PRODUCT_SCHEMAS, *_ALGEBRA_SCHEMAS, *_BLOCK_SCHEMAS, _UPDATE_SCHEMA):
-    _LIBRARY.define(_schema)
+for _schemas in (_SCHEMAS, _PRODUCT_SCHEMAS, _SWEEP_SCHEMAS, _ALGEBRA_SCHEMAS, _BLOCK_SCHEMAS, (_UPDATE_SCHEMA,)):
+    for _schema in _schemas:
+        _LIBRARY.define(_schema)
 
 
 def output_size(size: int, kernel: int, stride: int, same: bool) -> int:
@@ -218,6 +240,24 @@ def _(
 ):  # fmt: skip
     sums = _floats(x, 0, x.shape[0], 0) if in_scale is None else _floats(x, 5, *x.shape[:2])
     return empty_like_nhwc(x if input_grad else x[:0]), _floats(x, *weight.shape), sums
+
+
+@torch.library.register_fake("effnet_fast::expand_stats", lib=_LIBRARY)
+def _(x, weight):
+    channels, depth = weight.shape[:2]
+    return _floats(x, channels), _floats(x, channels), _floats(x, 1 + depth, depth)
+
+
+@torch.library.register_fake("effnet_fast::expand_dwconv_stats", lib=_LIBRARY)
+def _(x, w_expand, scale, shift, w_depthwise, stride, same):
+    y = convolution_output(convolution_output(x, w_expand), w_depthwise, stride, same)
+    return y, _floats(x, len(w_expand)), _floats(x, len(w_expand))
+
+
+@torch.library.register_fake("effnet_fast::backward_expand_dwconv", lib=_LIBRARY)
+def _(grad, y, x, w_expand, w_depthwise, *operands):
+    weights = (_floats(x, *w.shape) for w in (w_expand, w_depthwise))
+    return empty_like_nhwc(x), *weights, _floats(x, 2, len(w_expand))
 
 
 @torch.library.register_fake("effnet_fast::batch_norm_stats", lib=_LIBRARY)

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from effnet_fast import ops
 from effnet_fast.passes import backend
-from effnet_fast.passes.backend import use_backend
+from effnet_fast.passes.backend import cpu_isa, use_backend
 
 # Relative to the norm of the float64 result. float32: some hundred roundings of 6e-8. bfloat16: activations are rounded
 # (2^-9) some six times on the way to a gradient, and BatchNorm's bias gradients are sums that nearly cancel.
@@ -154,6 +155,10 @@ CASES = (
     (8, 16, 8, 7, 1, True, 5, 5, 3),
     (16, 16, 24, 5, 1, False, 4, 4, 1),
 )
+
+
+_mbconv = sys.modules["effnet_fast.ops.mbconv"]  # whose name in the package is the function's
+sweeps_where_faster = _mbconv._sweeps
 
 
 def sample(case: Sequence[int], uses_input: bool) -> tuple[Block, Tensor]:
@@ -301,7 +306,7 @@ def test_memory_policies_give_the_same_gradients(
 
     (expected, all_bytes), (actual, fewer_bytes) = train("fast"), train(memory)
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
-    saves = memory == "min" or name.startswith("mbconv")
+    saves = memory == "min" or (name.startswith("mbconv") and _mbconv._sweeps is sweeps_where_faster)
     assert fewer_bytes < all_bytes if saves else fewer_bytes == all_bytes
 
 
@@ -394,6 +399,57 @@ def test_gradcheck_of_the_algebra_in_float64(name: str) -> None:
     leaves = [x[:, : 3 if name == "mbconv_stem" else 8].double().requires_grad_()]
     leaves += [a.clone().requires_grad_() if isinstance(a, Tensor) and a is not scale else a for a in args]
     assert torch.autograd.gradcheck(lambda *a: inner(*a)[0], leaves, eps=1e-6, atol=1e-5, nondet_tol=0)
+
+
+class TestSwept:
+    """Blocks that never store the expanded tensor, whether they would here or not: the same tests."""
+
+    @pytest.fixture(autouse=True)
+    def _sweep(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(_mbconv, "_sweeps", lambda x, w_expand, group: _mbconv._is_pointwise(w_expand))
+
+    @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+    @pytest.mark.parametrize("case", CASES, ids=str)
+    def test_training_equals_the_twin(self, case: Sequence[int], dtype: torch.dtype) -> None:
+        test_training_equals_the_twin("mbconv", case, dtype)
+
+    @pytest.mark.parametrize("memory", ["lean", "min"])
+    @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+    @pytest.mark.parametrize("case", CASES, ids=str)
+    def test_policies_give_the_same_gradients(self, case: Sequence[int], dtype: torch.dtype, memory: str) -> None:
+        test_memory_policies_give_the_same_gradients("mbconv", case, dtype, memory)
+
+    @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+    @pytest.mark.parametrize("case", CASES, ids=str)
+    def test_one_call_equals_the_passes(
+        self, case: Sequence[int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        test_a_block_in_one_call_equals_its_passes("mbconv", case, dtype, monkeypatch)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_opcheck(self, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+        test_opcheck("mbconv", dtype, monkeypatch)
+
+    def test_gradcheck(self) -> None:
+        test_gradcheck_of_the_algebra_in_float64("mbconv")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "pixels", "images", "kernel", "group", "swept"),
+    [
+        (torch.bfloat16, 28, 64, 1, "", True),
+        (torch.float32, 28, 64, 1, "", False),
+        (torch.bfloat16, 27, 64, 1, "", False),
+        (torch.bfloat16, 28, 0, 1, "", False),  # fewer than threads
+        (torch.bfloat16, 28, 64, 3, "", False),
+        (torch.bfloat16, 28, 64, 1, "0", False),
+    ],
+)
+def test_which_blocks_are_swept(
+    dtype: torch.dtype, pixels: int, images: int, kernel: int, group: str, swept: bool
+) -> None:
+    x = torch.empty(images, 8, pixels, pixels, dtype=dtype)
+    assert _mbconv._sweeps(x, torch.empty(48, 8, kernel, kernel), group) == (swept and cpu_isa() == "amx")
 
 
 @pytest.mark.parametrize("name", OPS)

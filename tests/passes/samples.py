@@ -133,6 +133,39 @@ def product_calls(shape: tuple[int, int, int, int], dtype: torch.dtype, out_chan
             yield Call("backward_pointwise", (grad, source, x, weight, *out, *norm, None, True))
 
 
+def sweep_calls(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, kernel: int, stride: int, same: bool, expanded: int
+) -> Iterator[Call]:
+    """Expansion and depthwise convolution in one."""
+    g = torch.Generator().manual_seed(sum(shape) + kernel + stride + expanded)
+    n, c = shape[:2]
+    x, residual = (activation(g, shape, dtype) for _ in range(2))
+    w_expand = torch.randn(expanded, c, 1, 1, generator=g) / c**0.5
+    w_expand = w_expand.to(dtype).float()  # what products make of it, so that float64 has the same statistics
+    w_depthwise = torch.randn(expanded, 1, kernel, kernel, generator=g) / kernel
+    yield Call("expand_stats", (x, w_expand))
+    pixels = x.double().permute(1, 0, 2, 3).flatten(1)
+    center = pixels.mean(1) if n else pixels.new_zeros(c)
+    covariance = torch.cov(pixels, correction=0) if n else pixels.new_zeros(c, c)
+    matrix = w_expand.double().flatten(1)
+    mean, rstd = matrix @ center, (((matrix @ covariance) * matrix).sum(1) + 1e-3).rsqrt()
+    in_scale = (torch.rand(expanded, generator=g) + 0.5) * rstd
+    in_shift = torch.randn(expanded, generator=g) * 0.3 - mean * in_scale
+    norm = [v.float() for v in (in_scale, in_shift, mean, rstd)]
+    yield Call("expand_dwconv_stats", (x, w_expand, *norm[:2], w_depthwise, stride, same))
+    scale, gate, pooled_grad = (
+        torch.rand(size, generator=g) + 0.5 for size in ((expanded,), (n, expanded), (n, expanded))
+    )
+    shift, mean2, a, b = (torch.randn(expanded, generator=g) * 0.3 for _ in range(4))
+    out_h, out_w = (-(-size // stride) for size in shape[2:])
+    y, grad = (activation(g, (n, expanded, out_h, out_w), dtype) for _ in range(2))
+    moments = torch.cat([center[None], covariance]).float()
+    weights = (grad, y, x, w_expand, w_depthwise)
+    for gated, pooled, added in ((None, None, None), (gate, pooled_grad, residual)):
+        output = (scale, shift, mean2, gated, pooled, a, b)
+        yield Call("backward_expand_dwconv", (*weights, *output, *norm, moments, added, stride, same))
+
+
 def algebra_calls(images: int, channels: int, squeezed: int, dtype: torch.dtype = torch.float32) -> Iterator[Call]:
     """What stands between the passes. dtype: the activations'."""
     g = torch.Generator().manual_seed(images + channels + squeezed)

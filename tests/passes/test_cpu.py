@@ -11,7 +11,7 @@ from torch import Tensor
 import effnet_fast.passes.backend  # noqa: F401 loads the compiled passes
 from effnet_fast import _host
 from effnet_fast.passes.backend import passes_for
-from effnet_fast.passes.schema import ALGEBRA, PASSES, PRODUCTS
+from effnet_fast.passes.schema import ALGEBRA, PASSES, PRODUCTS, SWEEPS
 from tests.passes.samples import (
     CONVOLUTIONS,
     OUT_CHANNELS,
@@ -23,6 +23,7 @@ from tests.passes.samples import (
     depthwise_calls,
     elementwise_calls,
     product_calls,
+    sweep_calls,
 )
 
 # Relative to the largest value of an output. float32: some hundred roundings of 6e-8. 16 bit: the storage's rounding of
@@ -33,6 +34,8 @@ PRODUCT_TOLERANCE = {**TOLERANCE, torch.bfloat16: 1e-2}
 # A depthwise convolution has few products, which may cancel, and so may the images' parts of a bias' gradient: their
 # rounding is relative to more than their sum.
 CANCELLING_TOLERANCE = {**TOLERANCE, torch.bfloat16: 2e-2}
+# Gradients through a BatchNorm that is swept are differences of sums over all pixels, thousands of terms of 6e-8 each.
+SWEPT_TOLERANCE = {**CANCELLING_TOLERANCE, torch.float32: 5e-5}
 DTYPES = tuple(TOLERANCE)
 
 
@@ -47,7 +50,7 @@ def check(call: Call, dtype: torch.dtype) -> None:
     for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
         assert a.shape == e.shape
         is_weight = call.name in ("backward_dwconv", "backward_pointwise") and i == 1
-        is_weight |= call.name == "squeeze_gate_grad"
+        is_weight |= call.name == "squeeze_gate_grad" or (call.name == "backward_expand_dwconv" and i > 0)
         assert a.dtype == (dtype if a.dim() == 4 and not is_weight else torch.float32)
         if a.dim() == 4 and not is_weight:
             assert a.is_contiguous(memory_format=torch.channels_last) or a.numel() == 0
@@ -59,6 +62,9 @@ def check(call: Call, dtype: torch.dtype) -> None:
         if call.name in ("backward_dwconv", "backward_pointwise") and i == 2 and expected[0].numel():
             # sums of the gradient as rounded, times values of up to 3: they may cancel, the rounding does not
             largest = max(largest, 3 * expected[0].abs().max().item())
+        if call.name == "backward_expand_dwconv":
+            # and over a single pixel nothing is left of terms as large as the BatchNorm's scale
+            tolerance, largest = SWEPT_TOLERANCE[dtype], max(largest, call.args[12].max().item())
         limit = tolerance * max(1.0, largest)
         torch.testing.assert_close(a.double(), e, rtol=0, atol=limit, msg=lambda m, i=i: f"{call.name}[{i}]: {m}")
 
@@ -85,6 +91,15 @@ def test_depthwise_passes(
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 16, 37, 41)], ids=str)  # the last: several blocks and chunks an image
 def test_products(shape: tuple[int, int, int, int], out_channels: int, dtype: torch.dtype) -> None:
     for call in product_calls(shape, dtype, out_channels):
+        check(call, dtype)
+
+
+# The last two: many strips, of several rows each (an image of 40 x 37 pixels), or of one that is wider than a strip.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("kernel", "stride", "same"), CONVOLUTIONS)
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 16, 40, 37), (2, 8, 4, 250)], ids=str)
+def test_sweeps(shape: tuple[int, int, int, int], kernel: int, stride: int, same: bool, dtype: torch.dtype) -> None:
+    for call in sweep_calls(shape, dtype, kernel, stride, same, 6 * shape[1] % 136 + 8):
         check(call, dtype)
 
 
@@ -151,6 +166,7 @@ def test_statistics_survive_a_large_mean(mean_over_std: float) -> None:
         torch.ops.effnet_fast.channel_stats(x),
         torch.ops.effnet_fast.dwconv_stats(x, identity, None, None, 1, False)[1:],
         torch.ops.effnet_fast.pointwise_stats(x, torch.eye(16)[:, :, None, None], None, None, None)[1:],
+        torch.ops.effnet_fast.expand_stats(x, torch.eye(16)[:, :, None, None])[:2],
     ):
         torch.testing.assert_close(mean.double(), x.double().mean((0, 2, 3)), rtol=1e-6, atol=1e-6)
         variance = x.double().var((0, 2, 3), unbiased=False)
@@ -165,6 +181,7 @@ def test_results_do_not_depend_on_the_number_of_threads(threads: int) -> None:
         *elementwise_calls((3, 40, 9, 6), torch.bfloat16),
         *depthwise_calls((3, 40, 9, 6), torch.bfloat16, 5, 2, False),
         *(call for call in product_calls((3, 40, 9, 6), torch.bfloat16, 24) if call.name != "backward_pointwise"),
+        *(call for call in sweep_calls((3, 16, 9, 6), torch.bfloat16, 3, 1, False, 96) if "dwconv_stats" in call.name),
         *algebra_calls(16, 1152, 48),
         *algebra_calls(64, 1152, 288, torch.bfloat16),
     ]
@@ -207,6 +224,7 @@ def test_nothing_given_is_modified() -> None:
         *elementwise_calls((2, 24, 5, 5), torch.float32),
         *depthwise_calls((2, 24, 5, 5), torch.float32, 3, 2, True),
         *product_calls((2, 24, 5, 5), torch.float32, 16),
+        *sweep_calls((2, 8, 5, 5), torch.float32, 3, 2, True, 24),
         *algebra_calls(2, 24, 6),
     ]
     for call in calls:
@@ -252,8 +270,9 @@ def test_every_pass_is_sampled_and_referenced() -> None:
     sampled = {call.name for call in elementwise_calls((1, 8, 3, 3), torch.float32)}
     sampled |= {call.name for call in depthwise_calls((1, 8, 3, 3), torch.float32, 3, 1, False)}
     sampled |= {call.name for call in product_calls((1, 8, 3, 3), torch.float32, 16)}
+    sampled |= {call.name for call in sweep_calls((1, 8, 3, 3), torch.float32, 3, 1, False, 16)}
     sampled |= {call.name for call in algebra_calls(1, 8, 1)}
-    assert sampled == {*PASSES, *PRODUCTS, *ALGEBRA}
+    assert sampled == {*PASSES, *PRODUCTS, *SWEEPS, *ALGEBRA}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -262,6 +281,7 @@ def test_fakes_have_the_shapes_dtypes_and_strides_of_the_kernels(dtype: torch.dt
         *elementwise_calls((3, 40, 9, 6), dtype),
         *depthwise_calls((3, 40, 9, 6), dtype, 5, 2, True),
         *product_calls((3, 40, 9, 6), dtype, 24),
+        *sweep_calls((3, 40, 9, 6), dtype, 5, 2, True, 72),
         *algebra_calls(3, 40, 10, dtype),
     ]
     for call in calls:
