@@ -151,6 +151,23 @@ inline void backward_row(int64_t width, int64_t pad_w, const InputRow& row, cons
   weight_grad_of_rows<W, K, S, PH>(width, pad_w, {&row.activated, &present, 1}, weight_grad);
 }
 
+// The same of input row h, whichever kernel rows it meets. ring: the gradients' rows, of output row oh at oh % slots, each
+// pointing at column 0.
+template <class W, int K, int S>
+inline void backward_ring_row(int64_t h, int64_t width, const Window& win, const InputRow& row, const float* ring,
+                              int64_t slots, int64_t row_floats, const float* zeros, const float* reversed,
+                              float* weight_grad) {
+  const float* dy[K];
+  for (int j = 0; j < K; ++j) {
+    const int64_t oh = (h + win.pad_h) / S - j;
+    dy[j] = oh < 0 || oh >= win.out_h ? nullptr : ring + oh % slots * row_floats;
+  }
+  if ((h + win.pad_h) % S == 0)
+    backward_row<W, K, S, 0>(width, win.pad_w, row, dy, zeros, reversed, weight_grad);
+  else
+    backward_row<W, K, S, S - 1>(width, win.pad_w, row, dy, zeros, reversed, weight_grad);
+}
+
 template <class T, class Lanes>
 inline void load_input_row(const T* x, int64_t width, int64_t ahead, int64_t channels, int64_t c, Lanes lanes,
                            const InputNorm& norm, const InputRow& row) {
@@ -305,23 +322,32 @@ inline void depthwise_backward(const T* grad, const T* y, const T* x, const Shap
             const float* none = zeros + kMargin * kLanes;
             float* weight_grad = group_weight_grad + v * K * K * kLanes;
             for (int64_t h = top; h < bottom; ++h) {
-              const int64_t at = (n * s.h + h) * s.w * s.c + c, last = (h + win.pad_h) / S;
+              const int64_t at = (n * s.h + h) * s.w * s.c + c;
               load_input_row(x + at, s.w, ahead, s.c, c, lanes, norm, row);
-              const float* dy[K];
-              for (int j = 0; j < K; ++j) {
-                const int64_t oh = last - j;
-                const float* from = ring + v * vector_floats + oh % kRows * row_floats + kMargin * kLanes;
-                dy[j] = oh < 0 || oh >= win.out_h ? nullptr : from;
-              }
-              if ((h + win.pad_h) % S == 0)
-                backward_row<W, K, S, 0>(s.w, win.pad_w, row, dy, none, w, weight_grad);
-              else
-                backward_row<W, K, S, S - 1>(s.w, win.pad_w, row, dy, none, w, weight_grad);
+              backward_ring_row<W, K, S>(h, s.w, win, row, ring + v * vector_floats + kMargin * kLanes, kRows, row_floats,
+                                         none, w, weight_grad);
               store_grad_row(row, s.w, ahead, s.c, lanes, norm.scale != nullptr, dx + at, group_sums + v * 2 * kLanes);
             }
           });
       }
     }
+  });
+}
+
+// to [C, 1, k, k] = the sums of so many parts [vector][tap][lane]. places: of `taps_of_weight`; the others are zero.
+inline void sum_tap_grads(const std::vector<float>& parts, int64_t count, int64_t channels, const std::vector<int64_t>& places,
+                          const Tensor& to) {
+  const int64_t vectors = (channels + kLanes - 1) / kLanes, taps = places.size(), all = to.size(2) * to.size(3);
+  float* out = floats(to);
+  if (taps < all) std::memset(out, 0, to.numel() * sizeof(float));
+  torch::stable::parallel_for(0, vectors, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t v = begin; v < end; ++v)
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        Vec sum = {};
+        for (int64_t part = 0; part < count; ++part) sum += load(&parts[((part * vectors + v) * taps + tap) * kLanes]);
+        for (int lane = 0; lane < std::min<int64_t>(kLanes, channels - v * kLanes); ++lane)
+          out[(v * kLanes + lane) * all + places[tap]] = sum[lane];
+      }
   });
 }
 
@@ -343,14 +369,13 @@ std::tuple<Tensor, Tensor, Tensor> backward_dwconv(
                        check_floats(in_mean, "in_mean", s.c), check_floats(in_rstd, "in_rstd", s.c)};
   STD_TORCH_CHECK(!norm.scale || (norm.shift && norm.mean && norm.rstd),
                   "in_scale: needs in_shift, in_mean and in_rstd as well");
-  const int64_t taps = win.kernel * win.kernel, all = weight.size(2) * weight.size(3);
+  const int64_t taps = win.kernel * win.kernel;
   const std::vector<int64_t> places = taps_of_weight(weight, win);
   const DepthwiseTasks tasks(s, forward_bytes_per_vector({s.n, s.c, win.out_h, win.out_w}, win));
   const std::vector<float> reversed = pack_reversed(weight, s, win, x);
   std::vector<float> weight_grads(tasks.groups * s.vectors() * taps * kLanes);
   std::vector<float> sums(tasks.groups * s.vectors() * 2 * kLanes);
   Tensor dx = empty_nhwc(s, x.scalar_type()), dweight = empty_floats(weight.sizes());
-  if (win.kernel < weight.size(2)) std::memset(floats(dweight), 0, dweight.numel() * sizeof(float));
   Tensor norm_sums = empty_floats({2, s.c});
   dispatch(x, "x", [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -360,23 +385,19 @@ std::tuple<Tensor, Tensor, Tensor> backward_dwconv(
                                   (T*)dx.mutable_data_ptr(), weight_grads.data(), sums.data());
     });
   });
+  sum_tap_grads(weight_grads, tasks.groups, s.c, places, dweight);
   torch::stable::parallel_for(0, s.vectors(), 4, [&](int64_t begin, int64_t end) {
     for (int64_t v = begin; v < end; ++v)
       with_lanes(v, s.c, [&](auto lanes) {
-        const auto total = [&](const std::vector<float>& parts, int64_t width, int64_t i) {
+        const auto total = [&](int64_t i) {
           Vec sum = {};
           for (int64_t group = 0; group < tasks.groups; ++group)
-            sum += load(&parts[((group * s.vectors() + v) * width + i) * kLanes]);
+            sum += load(&sums[((group * s.vectors() + v) * 2 + i) * kLanes]);
           return sum;
         };
-        for (int64_t tap = 0; tap < taps; ++tap) {
-          const Vec sum = total(weight_grads, taps, tap);
-          for (int lane = 0; lane < lanes; ++lane)
-            floats(dweight)[(v * kLanes + lane) * all + places[tap]] = sum[lane];
-        }
         float* to = floats(norm_sums) + v * kLanes;
-        store(to, total(sums, 2, 0), lanes);
-        store(to + s.c, norm.scale ? total(sums, 2, 1) * load(norm.rstd + v * kLanes, lanes) : Vec{}, lanes);
+        store(to, total(0), lanes);
+        store(to + s.c, norm.scale ? total(1) * load(norm.rstd + v * kLanes, lanes) : Vec{}, lanes);
       });
   });
   return {dx, dweight, norm_sums};

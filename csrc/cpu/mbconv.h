@@ -70,9 +70,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> block_backward(
     const Tensor& dout, const Tensor& x, const Tensor& e, const Tensor& y, const Tensor& p, const Tensor& stats1,
     const Tensor& stats2, const Tensor& stats3, const Tensor& squeeze, const Tensor& moments,
-    const OptionalTensor& w_expand, const Tensor& w_depthwise, const Tensor& w_se_reduce, const Tensor& b_se_reduce, const Tensor& w_se_expand,
-    const Tensor& b_se_expand, const Tensor& w_project, const OptionalTensor& branch_scale, int64_t stride, bool same,
-    bool residual, bool input_grad) {
+    const OptionalTensor& w_expand, const Tensor& w_depthwise, const Tensor& w_se_reduce, const Tensor& b_se_reduce,
+    const Tensor& w_se_expand, const Tensor& b_se_expand, const Tensor& w_project, const OptionalTensor& branch_scale,
+    int64_t stride, bool same, bool residual, bool input_grad) {
   const Norm norm2(stats2), norm3(stats3);
   const Tensor gate = torch::stable::select(squeeze, 0, 1);
   const OptionalTensor branch = branch_gate(branch_scale, p.size(1));
@@ -90,33 +90,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const Tensor dbn2 = batch_norm_grad(stats2, sums2, gate, pooled_grad, values_per_channel(y));
 
   const OptionalTensor added = residual ? OptionalTensor(dout) : std::nullopt;
-  if (moments.numel() > 0) {
-    const Norm norm1(stats1);
-    const auto [dx, dw_expand, dw_depthwise, dbn1] = backward_expand_dwconv(
-        dh, y, x, *w_expand, w_depthwise, norm2.scale, norm2.shift, norm2.mean, gate, pooled_grad, row(dbn2, 2),
-        row(dbn2, 3), norm1.scale, norm1.shift, norm1.mean, norm1.rstd, moments, added, stride, same);
-    return {dx,           affine(dbn3), affine(dbn2), dw_project, dw_depthwise, dw_se_reduce, db_se_reduce,
-            dw_se_expand, db_se_expand, dw_expand,    dbn1};
-  }
   OptionalTensor scale1, shift1, mean1, rstd1;
   if (w_expand) {
     const Norm norm1(stats1);
     scale1 = norm1.scale, shift1 = norm1.shift, mean1 = norm1.mean, rstd1 = norm1.rstd;
   }
-  const auto [g, dw_depthwise, sums1] =
-      backward_dwconv(dh, y, e, w_depthwise, norm2.scale, norm2.shift, norm2.mean, gate, pooled_grad, row(dbn2, 2),
-                      row(dbn2, 3), scale1, shift1, mean1, rstd1, stride, same);
-  Tensor dx = g, dw_expand = empty_floats({0}), dbn1 = empty_floats({0});
-  if (w_expand) {
-    const Tensor grad1 =
-        batch_norm_grad(stats1, torch::stable::unsqueeze(sums1, 1), std::nullopt, std::nullopt, values_per_channel(e));
-    std::tie(dx, dw_expand, std::ignore) =
-        backward_pointwise(g, e, x, *w_expand, scale1, shift1, mean1, false, std::nullopt, row(grad1, 2), row(grad1, 3),
-                           std::nullopt, std::nullopt, std::nullopt, std::nullopt, std::nullopt,
-                           added, input_grad);
-    dbn1 = affine(grad1);
-  } else if (residual) {
-    dx = torch::stable::subtract(g, dout, -1.0);  // the stable ABI has no add
+  Tensor dx, dw_depthwise, dw_expand = empty_floats({0}), dbn1 = empty_floats({0});
+  if (moments.numel() > 0) {
+    std::tie(dx, dw_expand, dw_depthwise, dbn1) = backward_expand_dwconv(
+        dh, y, x, *w_expand, w_depthwise, norm2.scale, norm2.shift, norm2.mean, gate, pooled_grad, row(dbn2, 2),
+        row(dbn2, 3), *scale1, *shift1, *mean1, *rstd1, moments, added, stride, same);
+  } else {
+    Tensor sums1;
+    std::tie(dx, dw_depthwise, sums1) =
+        backward_dwconv(dh, y, e, w_depthwise, norm2.scale, norm2.shift, norm2.mean, gate, pooled_grad, row(dbn2, 2),
+                        row(dbn2, 3), scale1, shift1, mean1, rstd1, stride, same);
+    if (w_expand) {
+      const Tensor g = dx, grad1 = batch_norm_grad(stats1, torch::stable::unsqueeze(sums1, 1), std::nullopt, std::nullopt,
+                                                   values_per_channel(e));
+      std::tie(dx, dw_expand, std::ignore) =
+          backward_pointwise(g, e, x, *w_expand, scale1, shift1, mean1, false, std::nullopt, row(grad1, 2), row(grad1, 3),
+                             std::nullopt, std::nullopt, std::nullopt, std::nullopt, std::nullopt, added, input_grad);
+      dbn1 = affine(grad1);
+    } else if (residual) {
+      dx = torch::stable::subtract(dx, dout, -1.0);  // the stable ABI has no add
+    }
   }
   return {dx,           affine(dbn3), affine(dbn2), dw_project, dw_depthwise, dw_se_reduce, db_se_reduce,
           dw_se_expand, db_se_expand, dw_expand,    dbn1};

@@ -444,6 +444,7 @@ class GradProducts {
 
  public:
   static int64_t grad_row(int64_t in) { return (in + kLanes - 1) / kLanes * kLanes; }
+  static int64_t weight_grad_floats(int64_t in, int64_t out) { return whole_tiles<W>(out) * grad_row(in); }
   static int64_t floats(int64_t in, int64_t out, int64_t max_rows) {
     const int64_t room = pairs_room(in, out, max_rows);
     return (own_rows(max_rows) + room) * padded_row(out) + whole_tiles<W>(max_rows) * kPanelColumns + room * grad_row(in) +
@@ -496,6 +497,23 @@ class GradProducts {
   }
 };
 
+// to [out, in] = the sum of the parts [part, `GradProducts::weight_grad_floats`].
+inline void sum_weight_grads(const Tensor& parts, int64_t in, const Tensor& to) {
+  const int64_t row_floats = GradProducts<float>::grad_row(in), part_floats = parts.size(1);
+  const float* from = (const float*)parts.const_data_ptr();
+  float* out = floats(to);
+  torch::stable::parallel_for(0, to.size(0), 8, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+      for (int64_t v = 0; v * kLanes < in; ++v)
+        with_lanes(v, in, [&](auto lanes) {
+          Vec sum = {};
+          for (int64_t part = 0; part < parts.size(0); ++part)
+            sum += load(from + part * part_floats + row * row_floats + v * kLanes);
+          store(out + row * in + v * kLanes, sum, lanes);
+        });
+  });
+}
+
 std::tuple<Tensor, Tensor, Tensor> backward_pointwise(
     const Tensor& grad, const OptionalTensor& y, const Tensor& x, const Tensor& weight, const OptionalTensor& scale,
     const OptionalTensor& shift, const OptionalTensor& mean, bool silu_, const OptionalTensor& gate,
@@ -525,10 +543,9 @@ std::tuple<Tensor, Tensor, Tensor> backward_pointwise(
   const int64_t groups =
       std::clamp<int64_t>(std::min(threads, s.n * s.pixels() / kSharedPixels), 1, std::max<int64_t>(chunks.count, 1));
   const int64_t splits = std::clamp<int64_t>(threads / groups, 1, count);
-  const int64_t grad_row = GradProducts<float>::grad_row(s.c);
   Tensor dx = empty_nhwc(input_grad ? s : Shape{0, s.c, s.h, s.w}, x.scalar_type());
   Tensor dweight = empty_floats({out.c, s.c, 1, 1});
-  const int64_t grad_size = whole_tiles<ProductWords<BFloat16>>(out.c) * grad_row;
+  const int64_t grad_size = GradProducts<BFloat16>::weight_grad_floats(s.c, out.c);
   Tensor partial = empty_floats({groups, grad_size});
   if (chunks.count == 0) std::memset(floats(partial), 0, partial.numel() * sizeof(float));
   const int64_t channels = activation.scale ? s.c : 0;
@@ -564,18 +581,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_pointwise(
         });
     });
   });
-  const float* parts = floats(partial);
-  float* to_weight = floats(dweight);
-  torch::stable::parallel_for(0, out.c, 8, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row)
-      for (int64_t v = 0; v < s.vectors(); ++v)
-        with_lanes(v, s.c, [&](auto lanes) {
-          Vec sum = {};
-          for (int64_t group = 0; group < groups; ++group)
-            sum += load(parts + group * grad_size + row * grad_row + v * kLanes);
-          store(to_weight + row * s.c + v * kLanes, sum, lanes);
-        });
-  });
+  sum_weight_grads(partial, s.c, dweight);
   if (chunks.per_image == 1) return {dx, dweight, image_sums};
   Tensor sums = torch::stable::new_zeros(dweight, {channels ? 5 : 0, s.n, channels});
   const float* from = floats(image_sums);

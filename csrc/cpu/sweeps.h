@@ -149,12 +149,12 @@ std::tuple<Tensor, Tensor, Tensor> expand_dwconv_stats(const Tensor& x, const Te
                                                        const Tensor& shift, const Tensor& w_depthwise, int64_t stride,
                                                        bool same) {
   const Shape s = check_nhwc(x, "x"), expanded{s.n, w_expand.size(0), s.h, s.w}, image{1, s.c, s.h, s.w};
+  check_pointwise(w_expand, s);
   const int64_t channels = expanded.c, vectors = expanded.vectors();
   const Window win = depthwise_window(expanded, w_depthwise, stride, same);
   const float *factor = check_floats(scale, "scale", channels), *offset = check_floats(shift, "shift", channels);
   const std::vector<float> taps = pack_depthwise(w_depthwise, expanded, win, x);
   const Tensor expand = pack_pointwise(w_expand, x);
-  check_panels(expand, x, channels);
   Tensor y = empty_nhwc({s.n, channels, win.out_h, win.out_w}, x.scalar_type());
   Tensor mean = empty_floats({channels}), m2 = empty_floats({channels});
   // a task is some neighbouring images: statistics do not depend on the number of threads
@@ -211,7 +211,7 @@ inline void sweep_back(const T* grad, const T* y, const T* x, const Shape& s, co
   // rows of y's gradient that a strip meets, and between the strips of an image those that the next one meets as well
   const int64_t slots = std::min(win.out_h, (strip + K - 2) / S + 2), row_floats = (win.out_w + 2 * kMargin) * kLanes;
   const int64_t rings = strip < s.h ? vectors : 1, vector_floats = strip < s.h ? slots * row_floats : 0;
-  const int64_t grad_size = whole_tiles<P>(channels) * GradProducts<T>::grad_row(s.c);
+  const int64_t grad_size = GradProducts<BFloat16>::weight_grad_floats(s.c, channels);
   for_each_task(threads, [&](int64_t thread) {
     float* ring = scratch(rings * slots * row_floats + row_floats + 3 * s.w * kLanes +
                           max_pixels * (row_words + kPanelColumns) + GradProducts<T>::floats(s.c, channels, max_pixels));
@@ -254,15 +254,7 @@ inline void sweep_back(const T* grad, const T* y, const T* x, const Shape& s, co
               store(row.activated + i * kLanes, z);
               store(row.slope + i * kLanes, silu_slope(sig, z));
             }
-            const float* under[K];
-            for (int j = 0; j < K; ++j) {
-              const int64_t oh = (h + win.pad_h) / S - j;
-              under[j] = oh < 0 || oh >= win.out_h ? nullptr : dy + oh % slots * row_floats;
-            }
-            if ((h + win.pad_h) % S == 0)
-              backward_row<W, K, S, 0>(s.w, win.pad_w, row, under, zeros + kMargin * kLanes, taps, weight_grad);
-            else
-              backward_row<W, K, S, S - 1>(s.w, win.pad_w, row, under, zeros + kMargin * kLanes, taps, weight_grad);
+            backward_ring_row<W, K, S>(h, s.w, win, row, dy, slots, row_floats, zeros + kMargin * kLanes, taps, weight_grad);
             const int64_t first = (h - top) * s.w;
             const auto value = [&](int64_t r) {
               const int64_t at = (r - first) * kLanes;
@@ -397,7 +389,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_expand_dwconv(
                         check_floats(in_mean, "in_mean", channels), check_floats(in_rstd, "in_rstd", channels)};
   const float* given = check_floats(moments, "moments", s.c, 1 + s.c);
   const int64_t threads = sharing_threads(s.n), taps = win.kernel * win.kernel;
-  const int64_t all_taps = w_depthwise.size(2) * w_depthwise.size(3), grad_row = GradProducts<float>::grad_row(s.c);
   const std::vector<int64_t> places = taps_of_weight(w_depthwise, win);
   const std::vector<float> reversed = pack_reversed(w_depthwise, expanded, win, x);
   const std::vector<float> w = as_multiplied(as_floats(w_expand, "w_expand").data, channels * s.c, x.scalar_type());
@@ -407,15 +398,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_expand_dwconv(
 
   const Swept swept{empty_nhwc(s, ScalarType::Float), empty_floats({channels, s.c}), empty_floats({channels})};
   Tensor dweight = empty_floats(w_depthwise.sizes());
-  if (win.kernel < w_depthwise.size(2)) std::memset(floats(dweight), 0, dweight.numel() * sizeof(float));
   std::vector<float> weight_grads(threads * vectors * taps * kLanes), sums(threads * vectors * kLanes);
-  Tensor grams = empty_floats({0});
-  int64_t gram_size = 0;
+  const int64_t gram_size = GradProducts<BFloat16>::weight_grad_floats(s.c, channels);
+  Tensor grams = empty_floats({threads, gram_size});
+  if (s.n * s.pixels() == 0) std::memset(floats(grams), 0, grams.numel() * sizeof(float));
   dispatch(x, "x", [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    gram_size = whole_tiles<ProductWords<T>>(channels) * grad_row;
-    grams = empty_floats({threads, gram_size});
-    if (s.n * s.pixels() == 0) std::memset(floats(grams), 0, grams.numel() * sizeof(float));
     const Tensor expand = pack_pointwise(w_expand, x);
     const Tensor reduce = pack_panels<ProductWords<T>>(scaled.data(), channels, s.c, s.c, 1);
     dispatch_window(win, [&]<int K, int S>() {
@@ -424,26 +412,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_expand_dwconv(
                           floats(swept.product), floats(grams), weight_grads.data(), sums.data());
     });
   });
-  float *to_sum = floats(swept.sum), *to_gram = floats(swept.gram), *to_weight = floats(dweight);
-  const float* parts = floats(grams);
-  torch::stable::parallel_for(0, vectors, 4, [&](int64_t begin, int64_t end) {
-    const auto total = [&](const float* from, int64_t stride, auto lanes) {
-      Vec sum = {};
-      for (int64_t thread = 0; thread < threads; ++thread) sum += load(from + thread * stride, lanes);
-      return sum;
-    };
-    for (int64_t v = begin; v < end; ++v)
-      with_lanes(v, channels, [&](auto lanes) {
-        store(to_sum + v * kLanes, total(&sums[v * kLanes], vectors * kLanes, lanes), lanes);
-        for (int64_t tap = 0; tap < taps; ++tap) {
-          const Vec sum = total(&weight_grads[(v * taps + tap) * kLanes], vectors * taps * kLanes, lanes);
-          for (int lane = 0; lane < lanes; ++lane) to_weight[(v * kLanes + lane) * all_taps + places[tap]] = sum[lane];
-        }
-        for (int64_t e = v * kLanes; e < v * kLanes + lanes; ++e)
-          for_each_vector(s.c, [&](int64_t c, auto lanes) {
-            store(to_gram + e * s.c + c, total(parts + e * grad_row + c, gram_size, lanes), lanes);
-          });
-      });
+  sum_tap_grads(weight_grads, threads, channels, places, dweight);
+  sum_weight_grads(grams, s.c, swept.gram);
+  float* to_sum = floats(swept.sum);
+  for_each_vector(channels, [&](int64_t c, auto lanes) {
+    Vec sum = {};
+    for (int64_t thread = 0; thread < threads; ++thread) sum += load(&sums[thread * vectors * kLanes + c]);
+    store(to_sum + c, sum, lanes);
   });
   const auto [dx, dw_expand, affine] = expand_grad(swept, x, w, norm, given, residual);
   return {dx, dw_expand, dweight, affine};
