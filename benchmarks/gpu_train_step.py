@@ -1,8 +1,8 @@
 """Throughput and peak memory of training and inference on one device: ``python -m benchmarks.gpu_train_step``.
 
 B0 to B7 at their own resolutions with 1000 classes, bfloat16 autocast, channels_last, effnet_fast against torchvision's
-model in eager mode, compiled, and with every block checkpointed; the former two also as a replayed CUDA graph, which is
-how `effnet_fast.train` runs. Medians, with the ratio to the best of torchvision's.
+model in eager mode, compiled, and with every block checkpointed; the former three also as a replayed CUDA graph, which
+is how `effnet_fast.train` runs. Medians, with the ratio to the best of torchvision's.
 Prints a Markdown table; --json writes every number.
 """
 
@@ -26,7 +26,7 @@ from effnet_fast.passes.backend import use_backend
 from effnet_fast.scaling import get_family, get_variant
 
 VARIANTS = tuple(f"b{i}" for i in range(8))
-KINDS = ("effnet_fast", "effnet_fast-graph", "eager", "eager-graph", "compiled", "checkpointed")
+KINDS = ("effnet_fast", "effnet_fast-graph", "eager", "eager-graph", "compiled", "compiled-graph", "checkpointed")
 
 
 class Checkpointed(nn.Module):
@@ -48,7 +48,7 @@ def build(kind: str, variant: str) -> nn.Module:
     if kind.startswith("effnet_fast"):
         return create_model(variant, 1000, family="paper")
     model = getattr(torchvision.models, f"efficientnet_{variant}")()
-    if kind == "compiled":
+    if kind.startswith("compiled"):
         return torch.compile(model)
     return Checkpointed(model) if kind == "checkpointed" else model
 

@@ -357,8 +357,9 @@ inline Tensor squeeze_gate(const Tensor& sums, int64_t pixels, const Tensor& w_r
   const float* pooled = check_floats(sums, "sums", channels, images);
   const SqueezeTensors mlp(w_reduce, b_reduce, w_expand, b_expand, channels);
   Tensor squeeze = empty_floats(sums, {2, images, channels});
+  const Tensor hidden = empty_floats(sums, {images, mlp.squeezed});
   on_device(sums, [&](const Launch& on) {
-    Algebra::squeeze_gate(pooled, pixels, mlp.weights(), images, floats(squeeze), on);
+    Algebra::squeeze_gate(pooled, pixels, mlp.weights(), images, floats(squeeze), floats(hidden), on);
   });
   check_launch("squeeze_gate");
   return squeeze;

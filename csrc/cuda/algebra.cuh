@@ -54,14 +54,13 @@ static __global__ void __launch_bounds__(kAlgebraThreads)
   const float *slope = du + plane, *slope_hat = du_hat + plane;  // of the five
   Sums<2> total{};
   if (c < channels)
-#pragma unroll 4
-    for (int64_t n = slice; n < images; n += kAlgebraThreads / kNormGradLanes) {
+    total = sum_strided<4>((int64_t)slice, images, (int64_t)(kAlgebraThreads / kNormGradLanes), [&](int64_t n) {
       const int64_t at = n * channels + c;
       const float factor = gate ? gate[at] : 1.f;
       Sums<2> mine{du[at] * factor, du_hat[at] * factor};
       if (pooled_grad) mine += {pooled_grad[at] * slope[at], pooled_grad[at] * slope_hat[at]};
-      total += mine;
-    }
+      return mine;
+    });
   slices[threadIdx.x] = total;
   add_slices(slices, kNormGradLanes);
   if (slice > 0 || c >= channels) return;
@@ -75,105 +74,128 @@ static __global__ void __launch_bounds__(kAlgebraThreads)
   out[3 * stride] = -scale * rstd * (sum_hat / count);
 }
 
-// Squeeze-excite's MLP, of which a block takes one image: enough threads for the loads of a few hundred kilobytes of
-// weights. Shared memory: a product's sums and, behind them, one float for each squeezed channel.
-constexpr int kSqueezeThreads = 1024, kSqueezeLanes = 32, kRowLanes = 8;
-constexpr int kProductFloats = kSqueezeThreads / kRowLanes * (kRowLanes + 1);
+// Squeeze-excite's MLP: products of its weights with a vector of every image. A block for a few results, on all
+// multiprocessors: one block an image took three times as long, waiting for its loads (1152 channels, 64 images, H200).
+constexpr int kRowThreads = 256, kRowImages = 4, kColumnThreads = 1024;
 
-// done(row, product) for the products of weights [rows, depth] with a vector, kLanes threads a row.
+// done(image, row, product) of weights [rows, depth] with vectors [images, depth]: kLanes threads a row, and a few
+// images at a time, for which the weights are read once.
 template <int kLanes, class Done>
-__device__ __forceinline__ void multiply_rows(const float* __restrict__ weights, const float* vector, int rows,
-                                              int depth, float* shared, const Done& done) {
-  constexpr int kRows = kSqueezeThreads / kLanes, kPitch = kLanes + 1;  // + 1: a bank for each row
-  static_assert(kRows * kPitch <= kProductFloats);
-  const int lane = threadIdx.x % kLanes, mine = threadIdx.x / kLanes;
-  for (int row = 0; row < rows; row += kRows) {
-    float sum = 0;
-    if (row + mine < rows)
-#pragma unroll 8
-      for (int k = lane; k < depth; k += kLanes) sum += weights[(int64_t)(row + mine) * depth + k] * vector[k];
-    shared[mine * kPitch + lane] = sum;
-    __syncthreads();
-    const int other = row + (int)threadIdx.x;
-    if (threadIdx.x < kRows && other < rows) {
-      float total = 0;
-#pragma unroll
-      for (int i = 0; i < kLanes; ++i) total += shared[threadIdx.x * kPitch + i];
-      done(other, total);
-    }
-    __syncthreads();
-  }
-}
-
-// done(column, product) for the products of a vector, value(row), with weights [rows, columns].
-template <int kLanes, class Value, class Done>
-__device__ __forceinline__ void multiply_columns(const float* __restrict__ weights, int rows, int columns,
-                                                 float* shared, const Value& value, const Done& done) {
-  const int lane = threadIdx.x % kLanes, slice = threadIdx.x / kLanes;
-  for (int first = 0; first < columns; first += kLanes) {
-    const int column = first + lane;
-    float sum = 0;
-    if (column < columns)
-#pragma unroll 8
-      for (int row = slice; row < rows; row += kSqueezeThreads / kLanes)
-        sum += value(row) * weights[(int64_t)row * columns + column];
-    shared[threadIdx.x] = sum;
-    add_slices(shared, kLanes);
-    if (slice == 0 && column < columns) done(column, shared[lane]);
-  }
-}
-
-// squeeze [2, N, C] from sums [N, C] over `pixels`.
-static __global__ void __launch_bounds__(kSqueezeThreads)
-    squeeze_gate_kernel(const float* __restrict__ sums, float pixels, SqueezeWeights mlp, int64_t images,
-                        float* __restrict__ squeeze) {
+__global__ void __launch_bounds__(kRowThreads)
+    multiply_rows_kernel(const float* __restrict__ weights, const float* __restrict__ vectors, int64_t images, int rows,
+                         int depth, Done done) {
+  constexpr int kRows = kRowThreads / kLanes, kPitch = kLanes + 1;  // + 1: a bank for each sum
   EFFNET_FAST_SHARED(shared);
-  float* hidden = shared + kProductFloats;
-  const float* pooled = sums + blockIdx.x * (int64_t)mlp.channels;
-  float *means = squeeze + blockIdx.x * (int64_t)mlp.channels, *gate = means + images * mlp.channels;
-  for (int c = threadIdx.x; c < mlp.channels; c += kSqueezeThreads) means[c] = pooled[c] / pixels;
-  multiply_rows<kSqueezeLanes>(mlp.reduce, pooled, mlp.squeezed, mlp.channels, shared, [&](int r, float product) {
-    const float u = product / pixels + mlp.reduce_bias[r];
-    hidden[r] = u * sigmoid(u);
-  });
-  multiply_rows<kRowLanes>(mlp.expand, hidden, mlp.channels, mlp.squeezed, shared, [&](int c, float product) {
-    gate[c] = sigmoid(product + mlp.expand_bias[c]);
-  });
+  const int tiles = ceil_div(rows, kRows), first_row = (int)blockIdx.x % tiles * kRows;
+  const int64_t first_image = (int64_t)((int)blockIdx.x / tiles) * kRowImages;
+  const int count = (int)min((int64_t)kRowImages, images - first_image);
+  const int lane = threadIdx.x % kLanes, mine = threadIdx.x / kLanes;
+  Sums<kRowImages> sums{};
+  if (first_row + mine < rows) {
+    const float *of_row = weights + (int64_t)(first_row + mine) * depth, *of_image = vectors + first_image * depth;
+    sums = sum_strided<8>(lane, depth, kLanes, [&](int k) {
+      Sums<kRowImages> terms{};
+      const float weight = of_row[k];
+#pragma unroll
+      for (int i = 0; i < kRowImages; ++i)
+        if (i < count) terms.values[i] = weight * of_image[i * (int64_t)depth + k];
+      return terms;
+    });
+  }
+#pragma unroll
+  for (int i = 0; i < kRowImages; ++i) shared[(i * kRows + mine) * kPitch + lane] = sums.values[i];
+  __syncthreads();
+  const int row = first_row + (int)threadIdx.x % kRows, image = threadIdx.x / kRows;
+  if (image >= count || row >= rows) return;
+  float total = 0;
+#pragma unroll
+  for (int i = 0; i < kLanes; ++i) total += shared[threadIdx.x * kPitch + i];
+  done(first_image + image, row, total);
 }
+
+// done(image, column, product) of a vector of every image, value(image, row), with weights [rows, columns].
+template <int kLanes, class Value, class Done>
+__global__ void __launch_bounds__(kColumnThreads)
+    multiply_columns_kernel(const float* __restrict__ weights, int rows, int columns, Value value, Done done) {
+  EFFNET_FAST_SHARED(shared);
+  const int lane = threadIdx.x % kLanes, slice = threadIdx.x / kLanes, tiles = ceil_div(columns, kLanes);
+  const int column = (int)blockIdx.x % tiles * kLanes + lane;
+  const int64_t image = (int)blockIdx.x / tiles;
+  float sum = 0;
+  if (column < columns)
+    sum = sum_strided<8>(slice, rows, kColumnThreads / kLanes,
+                         [&](int row) { return value(image, row) * weights[(int64_t)row * columns + column]; });
+  shared[threadIdx.x] = sum;
+  add_slices(shared, kLanes);
+  if (slice == 0 && column < columns) done(image, column, shared[lane]);
+}
+
+// What the products are made of, and what is made of them.
+struct StoreHidden {
+  const float* bias;
+  float pixels;  // that the vectors are sums over
+  int squeezed;
+  float *hidden, *slope;  // [N, squeezed]; slope: of SiLU, or null
+
+  __device__ __forceinline__ void operator()(int64_t image, int r, float product) const {
+    const float u = product / pixels + bias[r], sig = sigmoid(u), z = u * sig;
+    hidden[image * squeezed + r] = z;
+    if (slope) slope[image * squeezed + r] = silu_slope(sig, z);
+  }
+};
+struct StoreGate {
+  const float *bias, *sums;
+  float pixels;
+  int channels;
+  float *means, *gate;  // [N, C]
+
+  __device__ __forceinline__ void operator()(int64_t image, int c, float product) const {
+    const int64_t at = image * channels + c;
+    means[at] = sums[at] / pixels;
+    gate[at] = sigmoid(product + bias[c]);
+  }
+};
 
 // The gradient of what the gate is a sigmoid of.
 __device__ __forceinline__ float before_sigmoid(float grad, float gate) { return grad * gate * (1.f - gate); }
 
-// pooled_grad [N, C], and [N, squeezed] each of the hidden values and of the gradient before their SiLU.
-static __global__ void __launch_bounds__(kSqueezeThreads)
-    squeeze_gate_backward_kernel(const float* __restrict__ squeeze, const float* __restrict__ dgate, float pixels,
-                                 SqueezeWeights mlp, int64_t images, float* __restrict__ pooled_grad,
-                                 float* __restrict__ hidden, float* __restrict__ dreduced) {
-  EFFNET_FAST_SHARED(shared);
-  float* mine = shared + kProductFloats;  // the slope of SiLU, then the gradient before it
-  const int64_t at = blockIdx.x * (int64_t)mlp.channels, squeezed_at = blockIdx.x * (int64_t)mlp.squeezed;
-  const float *means = squeeze + at, *gate = means + images * mlp.channels;
-  multiply_rows<kSqueezeLanes>(mlp.reduce, means, mlp.squeezed, mlp.channels, shared, [&](int r, float product) {
-    const float u = product + mlp.reduce_bias[r], sig = sigmoid(u), z = u * sig;
-    hidden[squeezed_at + r] = z;
-    mine[r] = silu_slope(sig, z);
-  });
-  multiply_columns<kSqueezeLanes>(
-      mlp.expand, mlp.channels, mlp.squeezed, shared, [&](int c) { return before_sigmoid(dgate[at + c], gate[c]); },
-      [&](int r, float product) {
-        mine[r] *= product;
-        dreduced[squeezed_at + r] = mine[r];
-      });
-  __syncthreads();
-  multiply_columns<kAlgebraThreads>(
-      mlp.reduce, mlp.squeezed, mlp.channels, shared, [&](int r) { return mine[r]; },
-      [&](int c, float product) { pooled_grad[at + c] = product / pixels; });
-}
+struct ExpandedGrad {
+  const float *dgate, *gate;
+  int channels;
 
-constexpr int kGradChannels = 32, kGradSqueezed = 8;  // of a block's tile, in slices of images
+  __device__ __forceinline__ float operator()(int64_t image, int c) const {
+    const int64_t at = image * channels + c;
+    return before_sigmoid(dgate[at], gate[at]);
+  }
+};
+struct MultiplyReduced {
+  float* slope_to_grad;  // [N, squeezed]
+  int squeezed;
+
+  __device__ __forceinline__ void operator()(int64_t image, int r, float product) const {
+    slope_to_grad[image * squeezed + r] *= product;
+  }
+};
+struct ReducedGrad {
+  const float* dreduced;
+  int squeezed;
+
+  __device__ __forceinline__ float operator()(int64_t image, int r) const { return dreduced[image * squeezed + r]; }
+};
+struct StorePooledGrad {
+  float* pooled_grad;
+  float pixels;
+  int channels;
+
+  __device__ __forceinline__ void operator()(int64_t image, int c, float product) const {
+    pooled_grad[image * channels + c] = product / pixels;
+  }
+};
+
+constexpr int kGradChannels = 32, kGradSqueezed = 8, kWeightsThreads = 1024;  // a block's tile, in slices of images
 
 // The gradients of the MLP's weights: sums over the images.
-static __global__ void __launch_bounds__(kSqueezeThreads)
+static __global__ void __launch_bounds__(kWeightsThreads)
     squeeze_weights_grad_kernel(const float* __restrict__ squeeze, const float* __restrict__ dgate,
                                 const float* __restrict__ hidden, const float* __restrict__ dreduced, int64_t images,
                                 int channels, int squeezed, SqueezeGrads grads) {
@@ -186,12 +208,11 @@ static __global__ void __launch_bounds__(kSqueezeThreads)
   const float* gate = squeeze + images * channels;
   Sums<4> total{};  // of reduce, its bias, expand and its bias
   if (c < channels && r < squeezed)
-#pragma unroll 4
-    for (int64_t n = slice; n < images; n += kSqueezeThreads / kTile) {
+    total = sum_strided<4>((int64_t)slice, images, (int64_t)(kWeightsThreads / kTile), [&](int64_t n) {
       const int64_t at = n * channels + c, squeezed_at = n * squeezed + r;
       const float dexpanded = before_sigmoid(dgate[at], gate[at]), dr = dreduced[squeezed_at];
-      total += {dr * squeeze[at], dr, dexpanded * hidden[squeezed_at], dexpanded};
-    }
+      return Sums<4>{dr * squeeze[at], dr, dexpanded * hidden[squeezed_at], dexpanded};
+    });
   slices[threadIdx.x] = total;
   add_slices(slices, kTile);
   if (slice > 0 || c >= channels || r >= squeezed) return;
@@ -218,26 +239,49 @@ void Algebra::batch_norm_grad(const float* stats, const float* sums, int kinds, 
                      (float)count, images, channels, grads);
 }
 
-inline int squeeze_shared_bytes(const SqueezeWeights& mlp) {
-  return (kProductFloats + mlp.squeezed) * (int)sizeof(float);
+template <int kLanes, class Done>
+static void multiply_rows(const float* weights, const float* vectors, int64_t images, int rows, int depth,
+                          const Done& done, const Launch& on) {
+  constexpr int kRows = kRowThreads / kLanes;
+  const auto kernel = multiply_rows_kernel<kLanes, Done>;
+  const int64_t blocks = ceil_div(rows, kRows) * ceil_div<int64_t>(images, kRowImages);
+  if (blocks > 0)
+    EFFNET_FAST_LAUNCH(kernel, blocks, kRowThreads, kRowImages * kRows * (kLanes + 1) * (int)sizeof(float), on.stream,
+                       weights, vectors, images, rows, depth, done);
+}
+
+template <int kLanes, class Value, class Done>
+static void multiply_columns(const float* weights, int64_t images, int rows, int columns, const Value& value,
+                             const Done& done, const Launch& on) {
+  const auto kernel = multiply_columns_kernel<kLanes, Value, Done>;
+  const int64_t blocks = ceil_div(columns, kLanes) * images;
+  if (blocks > 0)
+    EFFNET_FAST_LAUNCH(kernel, blocks, kColumnThreads, kColumnThreads * (int)sizeof(float), on.stream, weights, rows,
+                       columns, value, done);
 }
 
 void Algebra::squeeze_gate(const float* sums, int64_t pixels, const SqueezeWeights& mlp, int64_t images, float* squeeze,
-                           const Launch& on) {
-  if (images > 0)
-    EFFNET_FAST_LAUNCH(squeeze_gate_kernel, images, kSqueezeThreads, squeeze_shared_bytes(mlp), on.stream, sums,
-                       (float)pixels, mlp, images, squeeze);
+                           float* hidden, const Launch& on) {
+  const float count = (float)pixels;
+  multiply_rows<32>(mlp.reduce, sums, images, mlp.squeezed, mlp.channels,
+                    StoreHidden{mlp.reduce_bias, count, mlp.squeezed, hidden, nullptr}, on);
+  multiply_rows<8>(mlp.expand, hidden, images, mlp.channels, mlp.squeezed,
+                   StoreGate{mlp.expand_bias, sums, count, mlp.channels, squeeze, squeeze + images * mlp.channels}, on);
 }
 
 void Algebra::squeeze_gate_grad(const float* squeeze, const float* dgate, int64_t pixels, const SqueezeWeights& mlp,
                                 int64_t images, float* pooled_grad, const SqueezeGrads& grads, float* partials,
                                 const Launch& on) {
   float *hidden = partials, *dreduced = partials + images * mlp.squeezed;
-  if (images > 0)
-    EFFNET_FAST_LAUNCH(squeeze_gate_backward_kernel, images, kSqueezeThreads, squeeze_shared_bytes(mlp), on.stream,
-                       squeeze, dgate, (float)pixels, mlp, images, pooled_grad, hidden, dreduced);
+  multiply_rows<32>(mlp.reduce, squeeze, images, mlp.squeezed, mlp.channels,
+                    StoreHidden{mlp.reduce_bias, 1, mlp.squeezed, hidden, dreduced}, on);
+  multiply_columns<32>(mlp.expand, images, mlp.channels, mlp.squeezed,
+                       ExpandedGrad{dgate, squeeze + images * mlp.channels, mlp.channels},
+                       MultiplyReduced{dreduced, mlp.squeezed}, on);
+  multiply_columns<128>(mlp.reduce, images, mlp.squeezed, mlp.channels, ReducedGrad{dreduced, mlp.squeezed},
+                        StorePooledGrad{pooled_grad, (float)pixels, mlp.channels}, on);
   const int64_t tiles = (int64_t)ceil_div(mlp.channels, kGradChannels) * ceil_div(mlp.squeezed, kGradSqueezed);
-  EFFNET_FAST_LAUNCH(squeeze_weights_grad_kernel, tiles, kSqueezeThreads, kSqueezeThreads * (int)sizeof(Sums<4>),
+  EFFNET_FAST_LAUNCH(squeeze_weights_grad_kernel, tiles, kWeightsThreads, kWeightsThreads * (int)sizeof(Sums<4>),
                      on.stream, squeeze, dgate, hidden, dreduced, images, mlp.channels, mlp.squeezed, grads);
 }
 

@@ -66,8 +66,9 @@ struct Algebra {
   static void batch_norm_grad(const float* stats, const float* sums, int kinds, const float* gate,
                               const float* pooled_grad, int64_t count, int64_t images, int channels, float* grads,
                               const Launch& on);
+  // hidden [N, squeezed]
   static void squeeze_gate(const float* sums, int64_t pixels, const SqueezeWeights& mlp, int64_t images, float* squeeze,
-                           const Launch& on);
+                           float* hidden, const Launch& on);
   // partials [2, N, squeezed]
   static void squeeze_gate_grad(const float* squeeze, const float* dgate, int64_t pixels, const SqueezeWeights& mlp,
                                 int64_t images, float* pooled_grad, const SqueezeGrads& grads, float* partials,

@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(PixelPlan::kThreads, 4)
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       float z = value[i] * scale[i] + shift[i];
-      if (op.silu) z *= sigmoid(z);
+      if (op.silu) z *= sigmoid_of<T>(z);
       value[i] = z * gate[i] + added[i];
     }
     Packet<T, V>::pack(value).store(out + base + p * s.c);
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(PixelPlan::kThreads, kSilu ? 2 : 4)
     for (int i = 0; i < V; ++i) {
       float d = du[i] * gate[i];
       if constexpr (kSilu) {
-        const float u = value[i] * scale[i] + shift[i], sig = sigmoid(u);
+        const float u = value[i] * scale[i] + shift[i], sig = sigmoid_of<T>(u);
         d = (d + pooled[i]) * silu_slope(sig, u * sig) * scale[i];
       }
       value[i] = d + ((value[i] - mean[i]) * b[i] + a[i]);
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(PixelPlan::kThreads, 4)
 #pragma unroll
       for (int i = 0; i < V; ++i) {
         const float u = value[i] * scale[i] + shift[i];
-        sum[0][i] += silu ? u * sigmoid(u) : u;
+        sum[0][i] += silu ? u * sigmoid_of<T>(u) : u;
       }
     }
   }
@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(PixelPlan::kThreads, kSilu ? 2 : 4)
       for (int i = 0; i < V; ++i) {
         const float centered = value[i] - mean[i];
         if constexpr (kSilu) {
-          const float u = value[i] * scale[i] + shift[i], sig = sigmoid(u), z = u * sig;
+          const float u = value[i] * scale[i] + shift[i], sig = sigmoid_of<T>(u), z = u * sig;
           const float slope = silu_slope(sig, z), du = dz[i] * slope;
           sums[0][i] += dz[i] * z;
           sums[1][i] += du;

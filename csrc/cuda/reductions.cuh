@@ -17,6 +17,22 @@ __device__ __forceinline__ void add_slices(Sum* sums, int lanes) {
   }
 }
 
+// The sum of term(i) for i = first, first + step, ... before end. U terms are loaded at a time, the last few as well: what
+// a loop that is only unrolled leaves over, it would wait for one by one.
+template <int U, class Int, class Term>
+__device__ __forceinline__ auto sum_strided(Int first, Int end, Int step, const Term& term) {
+  decltype(term(first)) total{};
+  for (; first < end; first += U * step) {
+    decltype(total) terms[U] = {};
+#pragma unroll
+    for (int u = 0; u < U; ++u)
+      if (first + u * step < end) terms[u] = term(first + u * step);
+#pragma unroll
+    for (int u = 0; u < U; ++u) total += terms[u];
+  }
+  return total;
+}
+
 constexpr int kMostSumThreads = 1024;
 
 // out: sums of partials [parts, values] over parts; values [rows, columns] are written transposed if `transpose`.
@@ -28,8 +44,7 @@ static __global__ void __launch_bounds__(kMostSumThreads)
   const int64_t value = (int64_t)blockIdx.x * lanes + lane, values = rows * columns;
   float total = 0;
   if (value < values)
-#pragma unroll 8
-    for (int64_t part = slice; part < parts; part += slices) total += partials[part * values + value];
+    total = sum_strided<8>((int64_t)slice, parts, (int64_t)slices, [&](int64_t part) { return partials[part * values + value]; });
   shared[threadIdx.x] = total;
   add_slices(shared, lanes);
   if (slice > 0 || value >= values) return;
@@ -63,12 +78,11 @@ static __global__ void __launch_bounds__(kMomentThreads)
   double origin = 0;
   if (c < channels && parts > 0) {
     origin = (double)partials[stride + c] + partials[2 * stride + c];
-#pragma unroll 4
-    for (int64_t part = slice; part < parts; part += kMomentThreads / kMomentLanes) {
+    total = sum_strided<4>((int64_t)slice, parts, (int64_t)(kMomentThreads / kMomentLanes), [&](int64_t part) {
       const float* from = partials + part * 4 * stride + c;
       const double count = from[0], d = (double)from[stride] + from[2 * stride] - origin, moved = count * d;
-      total += {count, moved, from[3 * stride] + moved * d};
-    }
+      return DistanceSums{count, moved, from[3 * stride] + moved * d};
+    });
   }
   sums[threadIdx.x] = total;
   add_slices(sums, kMomentLanes);

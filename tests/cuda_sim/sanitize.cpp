@@ -67,7 +67,8 @@ void run_algebra(int64_t images, int channels, int squeezed) {
   Algebra::batch_norm_grad(stats.data(), sums.data(), 5, nc, nc, 35, images, channels, grads.data(), on);
   Algebra::batch_norm_grad(stats.data(), sums.data(), 2, nullptr, nullptr, 35, images, channels, grads.data(), on);
   const SqueezeWeights mlp{matrix.data(), bias.data(), matrix.data(), c, channels, squeezed};
-  Algebra::squeeze_gate(nc, 35, mlp, images, gates.data(), on);
+  Floats hidden(images * squeezed);
+  Algebra::squeeze_gate(nc, 35, mlp, images, gates.data(), hidden.data(), on);
   Floats reduce(matrix.size()), reduce_bias(squeezed), expand(matrix.size()), expand_bias(channels);
   Floats partials(2 * images * squeezed);
   Algebra::squeeze_gate_grad(squeeze.data(), nc, 35, mlp, images, pooled.data(),

@@ -66,7 +66,7 @@ BOUNDS = [
     ("sheet.cuh", "(unsigned)(row + r) < (unsigned)height", "(unsigned)(row + r) <= (unsigned)height"),
     ("depthwise_backward.cuh", "(unsigned)row < (unsigned)s.h &&", "(unsigned)row <= (unsigned)s.h &&"),
     ("reductions.cuh", "value < values)", "value <= values)"),
-    ("algebra.cuh", "row + mine < rows)", "row + mine <= rows)"),
+    ("algebra.cuh", "first_row + mine < rows)", "first_row + mine <= rows)"),
     ("algebra.cuh", "column < columns)", "column <= columns)"),
 ]
 

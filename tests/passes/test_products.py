@@ -21,12 +21,18 @@ LIMIT = {torch.float64: 1e-12, torch.float32: 3e-5, torch.bfloat16: 1e-2, torch.
 
 
 @pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("without_dy", [False, True])
 @pytest.mark.parametrize(("x_mean", "along_hat"), [(0, 0), (5, 0), (0, 3)])
 @pytest.mark.parametrize("dtype", LIMIT, ids=str)
 def test_backward_of_convolution_and_norm(
-    dtype: torch.dtype, x_mean: float, along_hat: float, with_residual: bool
+    dtype: torch.dtype,
+    x_mean: float,
+    along_hat: float,
+    without_dy: bool,
+    with_residual: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """More outputs than inputs, so that no pass may touch the convolution's output or its gradient.
+    """More outputs than inputs, and both ways: without_dy, no pass may touch the convolution's output or its gradient.
 
     x_mean: of x, in standard deviations. along_hat: of grad, the part that BatchNorm's backward removes.
     """
@@ -54,7 +60,9 @@ def test_backward_of_convolution_and_norm(
     grads = batch_norm_grad(stats, sums[:, None], None, None, count)
     floats = torch.promote_types(dtype, torch.float32)
     scale, shift, mean, a, b = (t.to(floats) for t in (*stats[:3], *grads[2:]))
-    passes = SimpleNamespace(channel_stats=reference.channel_stats)
+    monkeypatch.setattr(products, "WITHOUT_DY", 0 if without_dy else grad.numel() + 1)
+    only = reference.channel_stats if without_dy else reference.backward_apply
+    passes = SimpleNamespace(**{only.__name__: only})
     got_dx, got_dweight, none = products.backward_pointwise(
         passes, grad, y.to(dtype), x, weight, scale, shift, mean, False, None, a, b, *(None,) * 5, residual, True
     )
@@ -62,7 +70,7 @@ def test_backward_of_convolution_and_norm(
     assert got_dx.is_contiguous(memory_format=torch.channels_last)
     assert got_dweight.dtype == floats
     assert none.shape == (0, n, 0)
-    # what the BatchNorm removes was rounded as well
-    limit = LIMIT[dtype] * (1 + 2 * along_hat)
+    # What the BatchNorm removes was rounded as well. dy is too, so that its sum, which x's mean multiplies, is not 0.
+    limit = LIMIT[dtype] * (1 + 2 * along_hat + (0 if without_dy else x_mean / 5))
     assert relative_error(got_dweight, dweight) < limit
     assert relative_error(got_dx, dx) < limit
