@@ -34,6 +34,8 @@ def described(symbol: str) -> tuple[str, str, int, int, int]:
         if len(arguments) > 4:
             name = "depthwise" if "Statistics" in arguments[4] else "depthwise, affine"
         return name, arguments[0], int(arguments[1]), int(arguments[2]), int(arguments[3])
+    if name.startswith("multiply"):  # of squeeze-excite: lanes, and what is done with the products
+        return name, "float", 0, 0, 1
     if len(arguments) > 2 and arguments[2] in ("1", "true"):
         name += ", silu"
     return name, arguments[0] or "float", 0, 0, int(arguments[1]) if len(arguments) > 1 else 1

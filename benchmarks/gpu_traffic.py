@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from effnet_fast import create_model
 from effnet_fast.model import EfficientNet
+from effnet_fast.passes.products import WITHOUT_DY
 from effnet_fast.passes.schema import PASSES
 from effnet_fast.scaling import get_family, get_variant
 
@@ -262,7 +263,9 @@ def fused_section(s: Section, kernels: Kernels) -> Iterator[Work]:
     read, partials = kernels.depthwise(s, "backward_dwconv")
     flops = 4 * taps * s.y + 18 * s.y + 20 * s.x
     yield Work("backward_dwconv", 2 * read * kernels.size + 2 * x + partials, flops)
-    if s.expanded:
+    if s.expanded and s.x < WITHOUT_DY:
+        yield Work("backward_apply", 3 * x, 6 * s.x)
+    elif s.expanded:
         # BatchNorm's backward by products of the block's input, which `matrix_products` does not have
         pixels = s.x // s.c
         block_input = pixels * s.inputs * kernels.size

@@ -93,20 +93,21 @@ def test_a_pass_moves_its_activations_and_little_more(backend: str) -> None:
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize("variant", ["b0", "b7"])
 @pytest.mark.parametrize("device", gpu_traffic.DEVICES, ids=lambda device: device.name)
-def test_modelled_traffic_is_a_third_of_eager(backend: str, variant: str, device: gpu_traffic.Device) -> None:
+def test_modelled_traffic_is_about_a_third_of_eager(backend: str, variant: str, device: gpu_traffic.Device) -> None:
+    """It was 2.8 and 3 times less when no gradient before BatchNorm went through memory: small ones are sooner so."""
     step = gpu_traffic.step_model(variant, 64, gpu_report.kernels_of(backend, device), device)
-    assert step["section traffic, eager / fused"] >= 2.8
-    assert step["section traffic, eager, in-place SiLU / fused"] >= 3
+    assert step["section traffic, eager / fused"] >= 2.65
+    assert step["section traffic, eager, in-place SiLU / fused"] >= 2.9
 
 
 def test_a_tile_reads_its_halo_once_more() -> None:
-    """By hand: 56 columns in strips of 28, or of 14 backward, 3x3: each reads one column of each neighbour's."""
+    """By hand: 56 columns in strips of 28, or of 12 backward, 3x3: each reads one column of each neighbour's."""
     kernels = gpu_traffic.CudaKernels(2, 132)
     section = gpu_traffic.Section(64, 64, 56, 56, 3, 1, True, 16, 24)
     read, _ = kernels.depthwise(section, "dwconv_stats")
     assert read in (section.x, section.x * 58 // 56)
     read, _ = kernels.depthwise(section, "backward_dwconv")
-    assert read == section.x * 62 // 56
+    assert read == section.x * 64 // 56
 
 
 def test_eager_pytorch_moves_what_its_ops_read_and_write() -> None:

@@ -74,8 +74,8 @@ static __global__ void __launch_bounds__(kAlgebraThreads)
   out[3 * stride] = -scale * rstd * (sum_hat / count);
 }
 
-// Squeeze-excite's MLP: products of its weights with a vector of every image. A block for a few results, on all
-// multiprocessors: one block an image took three times as long, waiting for its loads (1152 channels, 64 images, H200).
+// Squeeze-excite's MLP: products of its weights with a vector of every image, a block for a few results, on all
+// multiprocessors. One block an image waited for its loads: 28 us for 64 images of 1152 channels on an H200.
 constexpr int kRowThreads = 256, kRowImages = 4, kColumnThreads = 1024;
 
 // done(image, row, product) of weights [rows, depth] with vectors [images, depth]: kLanes threads a row, and a few

@@ -16,7 +16,7 @@ namespace effnet_fast {
 // The windows and both sets of weights take 24 registers at 3x3 and 60 at 5x5, where more than 16 warps on a
 // multiprocessor would only spill.
 template <class T, int K, int S, int V>
-__global__ void __launch_bounds__(backward_threads(K, S), backward_resident(K) / backward_threads(K, S))
+__global__ void __launch_bounds__(backward_threads(K, S), backward_resident(K, S) / backward_threads(K, S))
     depthwise_backward_kernel(const T* __restrict__ grad, const T* __restrict__ y, const T* __restrict__ x,
                               const float* __restrict__ weight, OutputGrad op, Normalization norm, T* __restrict__ dx,
                               float* __restrict__ weight_partials, float* __restrict__ sum_partials, Shape s, Window win,
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(backward_threads(K, S), backward_resident(K) /
       const T *grads = sets + step % kSets * shape.set, *ys = grads + shape.grads;
       of_grad.row = first + step * shape.step;
       sharing.each(shape.step, [&](int pixel, int r, int column) {
-        constexpr int U = V == 1 ? 1 : 2;  // channels at a time, for few registers
+        constexpr int U = V == 1 || sizeof(T) == 4 ? 1 : 2;  // channels at a time, for few registers
         const bool formed = op.scale && of_grad.inside(r, column) && sharing.channel < place.count;
 #pragma unroll
         for (int channel = sharing.channel, k0 = 0; k0 < V; k0 += U, channel += U) {

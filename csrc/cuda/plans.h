@@ -97,13 +97,15 @@ constexpr int kForwardColumns = 2;  // columns of a thread in the forward pass
 // Threads of a block at most, and of all blocks on a multiprocessor, as the kernels' registers allow. Several small
 // blocks wait less for each other than a large one, but load more columns twice. On an H100, small ones are a tenth to a
 // third faster with a stride of 2, and large ones by 2 to 6 % in the 3x3 kernels with a stride of 1. Backward, on an H200,
-// two blocks of 12 warps at 3x3 are a sixth to a third faster than one of 14, and two of 8 at 5x5 up to a tenth.
+// two blocks of 12 warps at 3x3 are an eighth to a quarter faster than one of 14, and two of 8 at 5x5 up to a tenth.
 constexpr int forward_threads(int kernel, int stride) { return kernel == 3 && stride == 1 ? 448 : 224; }
 constexpr int forward_resident(int kernel) { return kernel == 3 ? 896 : 448; }
 constexpr int backward_threads(int kernel, int stride) {
   return kernel == 3 && stride == 1 ? 384 : kernel == 7 || stride == 1 ? 256 : 224;
 }
-constexpr int backward_resident(int kernel) { return kernel == 3 ? 768 : kernel == 5 ? 512 : 256; }
+constexpr int backward_resident(int kernel, int stride) {
+  return kernel == 7 ? 256 : stride == 2 ? 448 : kernel == 5 ? 512 : 768;
+}
 
 // Marches over output rows and columns.
 inline DepthwisePlan forward_plan(const Shape& s, const Window& w, int vector, int multiprocessors) {
@@ -150,7 +152,7 @@ inline DepthwisePlan backward_plan(const Shape& s, const Window& w, int vector, 
           positions(s.w, w.pad_w, w.stride),
           1,
           backward_threads(w.kernel, w.stride),
-          backward_resident(w.kernel),
+          backward_resident(w.kernel, w.stride),
           multiprocessors};
 }
 
