@@ -19,8 +19,13 @@ def launch_of(name: str, kernel_size: int, stride: int, value_bytes: int) -> tup
     """(threads, bytes of shared memory) of a block at its largest: the limits of csrc/cuda/plans.h and launchers."""
     if name.startswith("depthwise"):
         return depthwise_block(name == "depthwise_backward", kernel_size, stride, value_bytes)
-    others = {"merge_moments": (512, 12288), "sum_parts": (1024, 4096), "squeeze_weights_grad": (1024, 16384)}
-    others |= {"multiply_rows": (256, 4608), "multiply_columns": (1024, 4096)}
+    others = {
+        "merge_moments": (512, 12288),
+        "multiply_columns": (1024, 4096),
+        "multiply_rows": (256, 4608),
+        "squeeze_weights_grad": (1024, 16384),
+        "sum_parts": (1024, 4096),
+    }
     shared = {"channel_stats": 9216, "pool": 8192, "backward_sums": 16384, "backward_sums, silu": 40960}
     return others.get(name, (256, shared.get(name, 2048 if name == "batch_norm_grad" else 0)))
 

@@ -54,7 +54,7 @@ static __global__ void __launch_bounds__(kAlgebraThreads)
   const float *slope = du + plane, *slope_hat = du_hat + plane;  // of the five
   Sums<2> total{};
   if (c < channels)
-    total = sum_strided<4>((int64_t)slice, images, (int64_t)(kAlgebraThreads / kNormGradLanes), [&](int64_t n) {
+    total = sum_strided<4>(slice, images, kAlgebraThreads / kNormGradLanes, [&](int64_t n) {
       const int64_t at = n * channels + c;
       const float factor = gate ? gate[at] : 1.f;
       Sums<2> mine{du[at] * factor, du_hat[at] * factor};
@@ -208,7 +208,7 @@ static __global__ void __launch_bounds__(kWeightsThreads)
   const float* gate = squeeze + images * channels;
   Sums<4> total{};  // of reduce, its bias, expand and its bias
   if (c < channels && r < squeezed)
-    total = sum_strided<4>((int64_t)slice, images, (int64_t)(kWeightsThreads / kTile), [&](int64_t n) {
+    total = sum_strided<4>(slice, images, kWeightsThreads / kTile, [&](int64_t n) {
       const int64_t at = n * channels + c, squeezed_at = n * squeezed + r;
       const float dexpanded = before_sigmoid(dgate[at], gate[at]), dr = dreduced[squeezed_at];
       return Sums<4>{dr * squeeze[at], dr, dexpanded * hidden[squeezed_at], dexpanded};

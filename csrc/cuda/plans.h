@@ -73,9 +73,8 @@ struct DepthwisePlan {
     // in as many waves of blocks as end soonest: each takes as long as the most tiles of a part, and one to start and end
     int64_t soonest = INT64_MAX;
     parts = tiles;
-    for (int waves = 1; waves <= 4; ++waves) {
-      const int candidate = (int)std::min<int64_t>(tiles, std::max<int64_t>(1, waves * blocks / groups));
-      if (candidate == 0) break;
+    for (int waves = 1; waves <= 4 && tiles > 0; ++waves) {
+      const int candidate = (int)std::clamp<int64_t>(waves * blocks / groups, 1, tiles);
       const int64_t end = ceil_div<int64_t>((int64_t)candidate * groups, blocks) * (ceil_div(tiles, candidate) + 1);
       if (end < soonest) {
         soonest = end;

@@ -20,7 +20,8 @@ __device__ __forceinline__ void add_slices(Sum* sums, int lanes) {
 // The sum of term(i) for i = first, first + step, ... before end. U terms are loaded at a time, the last few as well: what
 // a loop that is only unrolled leaves over, it would wait for one by one.
 template <int U, class Int, class Term>
-__device__ __forceinline__ auto sum_strided(Int first, Int end, Int step, const Term& term) {
+__device__ __forceinline__ auto sum_strided(std::type_identity_t<Int> first, Int end, std::type_identity_t<Int> step,
+                                            const Term& term) {
   decltype(term(first)) total{};
   for (; first < end; first += U * step) {
     decltype(total) terms[U] = {};
@@ -44,7 +45,7 @@ static __global__ void __launch_bounds__(kMostSumThreads)
   const int64_t value = (int64_t)blockIdx.x * lanes + lane, values = rows * columns;
   float total = 0;
   if (value < values)
-    total = sum_strided<8>((int64_t)slice, parts, (int64_t)slices, [&](int64_t part) { return partials[part * values + value]; });
+    total = sum_strided<8>(slice, parts, slices, [&](int64_t part) { return partials[part * values + value]; });
   shared[threadIdx.x] = total;
   add_slices(shared, lanes);
   if (slice > 0 || value >= values) return;
@@ -78,7 +79,7 @@ static __global__ void __launch_bounds__(kMomentThreads)
   double origin = 0;
   if (c < channels && parts > 0) {
     origin = (double)partials[stride + c] + partials[2 * stride + c];
-    total = sum_strided<4>((int64_t)slice, parts, (int64_t)(kMomentThreads / kMomentLanes), [&](int64_t part) {
+    total = sum_strided<4>(slice, parts, kMomentThreads / kMomentLanes, [&](int64_t part) {
       const float* from = partials + part * 4 * stride + c;
       const double count = from[0], d = (double)from[stride] + from[2 * stride] - origin, moved = count * d;
       return DistanceSums{count, moved, from[3 * stride] + moved * d};

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from effnet_fast.passes import reference
+from effnet_fast.passes import products, reference
 from effnet_fast.passes.backend import with_products
 from effnet_fast.passes.schema import ALGEBRA, PASSES
 from tests.cuda_sim.conftest import FORWARD, ORDERS, RANDOM, REVERSE, Simulate
@@ -118,13 +118,18 @@ def test_many_partial_results(passes: SimpleNamespace, simulate: Simulate) -> No
 PRODUCT_TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
+@pytest.mark.parametrize("without_dy", [0, products.WITHOUT_DY])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(2, 16, 9, 7), (3, 40, 4, 6)], ids=str)
-def test_products_composed_of_them(passes: SimpleNamespace, simulate: Simulate, shape, dtype: torch.dtype) -> None:
+def test_products_composed_of_them(
+    passes: SimpleNamespace, simulate: Simulate, shape, dtype: torch.dtype, without_dy: int, monkeypatch
+) -> None:
     simulate(FORWARD, 2)
     composed, expected = with_products(passes), with_products(reference)
     for call in product_calls(shape, dtype, 48):
-        results = tensors(getattr(composed, call.name)(*call.args))
+        with monkeypatch.context() as patch:  # what is expected takes dy's way
+            patch.setattr(products, "WITHOUT_DY", without_dy)
+            results = tensors(getattr(composed, call.name)(*call.args))
         wide = tensors(getattr(expected, call.name)(*call.to_float64()))
         for a, e in zip(results, wide, strict=True):
             limit = PRODUCT_TOLERANCE[dtype] * max(1.0, e.abs().max().item() if e.numel() else 0.0)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from effnet_fast import create_model
-from effnet_fast.passes import reference
+from effnet_fast.passes import products, reference
 from effnet_fast.passes.backend import passes_for, resolve, use_backend, with_products
 from tests.passes.samples import (
     CONVOLUTIONS,
@@ -83,11 +83,14 @@ def test_algebra_between_the_passes(backend: str, images: int, channels: int, sq
         check(backend, call, torch.float32)
 
 
+@pytest.mark.parametrize("without_dy", [0, products.WITHOUT_DY])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_products(backend: str, dtype: torch.dtype) -> None:
+def test_products(backend: str, dtype: torch.dtype, without_dy: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Composed of the passes and PyTorch's matrix products, whose operands are rounded."""
     for call in product_calls((2, 16, 9, 7), dtype, 48):
-        actual = tensors(getattr(passes_of(backend, call.args[0].cuda()), call.name)(*map(on_gpu, call.args)))
+        with monkeypatch.context() as patch:  # what is expected takes dy's way
+            patch.setattr(products, "WITHOUT_DY", without_dy)
+            actual = tensors(getattr(passes_of(backend, call.args[0].cuda()), call.name)(*map(on_gpu, call.args)))
         expected = tensors(getattr(with_products(reference), call.name)(*call.to_float64()))
         for a, e in zip(actual, expected, strict=True):
             limit = 2 * TOLERANCE[dtype] * max(1.0, e.abs().max().item() if e.numel() else 0.0)
