@@ -30,7 +30,7 @@ def cpu_passes(isa: str) -> Extension:
     return CppExtension(
         f"effnet_fast._cpu_{isa}",
         [f"csrc/cpu/{isa}.cpp"],
-        depends=sorted(glob("csrc/cpu/*.h")),
+        depends=["setup.py", *sorted(glob("csrc/cpu/*.h"))],
         # The stable ABI of torch 2.11: one build serves that and every later torch.
         define_macros=[("TORCH_TARGET_VERSION", "0x020b000000000000")],
         # Loops with a square root are vectorized only where it need not set errno.
@@ -123,9 +123,17 @@ def compile_kernels(extension: Extension, folder: Path) -> None:
 
 
 class BuildPasses(BuildExtension):
-    """Builds the extensions; an optional one that fails is left out, and said so."""
+    """Builds the extensions; an optional one that fails is left out, and said so.
+
+    CPU passes of an earlier editable install are kept unless their sources are newer: they take minutes to compile.
+    """
 
     def build_extension(self, extension: Extension) -> None:
+        target = Path(self.get_ext_fullpath(extension.name))
+        installed = Path("effnet_fast") / target.name
+        if self.editable_mode and extension.name.startswith("effnet_fast._cpu_") and installed.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(installed, target)  # as old as it is: setuptools compiles what is older than its sources
         try:
             if extension.name == "effnet_fast._cuda":
                 compile_kernels(extension, Path(self.build_temp) / "cuda")

@@ -1,6 +1,8 @@
-"""What setup.py builds, and what it refuses: of the CUDA passes, which only some machines can compile."""
+"""What setup.py builds, keeps and refuses: the CUDA passes only some machines can compile."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -49,3 +51,40 @@ def test_the_cuda_passes_are_built_where_torch_and_a_toolkit_agree(tmp_path: Pat
         "EFFNET_FAST_CUDA=1: this torch has no CUDA",
         f"EFFNET_FAST_CUDA=1: torch is for CUDA 12.8, the toolkit in {toolkit} is for another",
     ]
+
+
+def test_an_editable_install_compiles_the_cpu_passes_whose_sources_are_newer(tmp_path: Path) -> None:
+    def install() -> dict[str, int]:
+        subprocess.run(
+            [sys.executable, "setup.py", "editable_wheel", "--dist-dir", "dist"],
+            cwd=tmp_path,
+            env={**os.environ, "EFFNET_FAST_CUDA": "0"},
+            check=True,
+            capture_output=True,
+        )
+        return {path.name.partition(".")[0]: path.stat().st_mtime_ns for path in package.glob("*.so")}
+
+    package, passes = tmp_path / "effnet_fast", tmp_path / "csrc" / "cpu"
+    package.mkdir()
+    passes.mkdir(parents=True)
+    (tmp_path / "csrc" / "bindings").mkdir()
+    (tmp_path / "csrc" / "bindings" / "host.cpp").touch()
+    for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, tmp_path)
+    names = {path.stem for path in (ROOT / "csrc" / "cpu").glob("*.cpp")}
+    for name in names:
+        (passes / f"{name}.cpp").touch()
+    (passes / "simd.h").touch()
+
+    first = install()
+    cpu = {f"_cpu_{name}" for name in names if f"_cpu_{name}" in first}
+    assert "_cpu_baseline" in cpu
+    assert set(first) == cpu | {"_host"}
+
+    os.utime(passes / "baseline.cpp")
+    second = install()
+    assert {name for name in cpu if second[name] != first[name]} == {"_cpu_baseline"}
+
+    os.utime(passes / "simd.h")
+    third = install()
+    assert {name for name in cpu if third[name] != second[name]} == cpu
